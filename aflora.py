@@ -1,0 +1,698 @@
+"""AFLoRA in one file: adaptive freezing of low rank adaptation, and the loop that trains with it.
+
+Fine-tuning moves a pre-trained weight W0 (out x in). LoRA keeps W0 still and learns a low-rank path
+beside it. AFLoRA puts a vector behind each of the path's two matrices, trains everything at first,
+then freezes the matrices for good, the least important first, until only the vectors train:
+
+          x (tokens, in)
+      +---+---------------+
+      |                   |
+      |             A    (r, in)     trained until it is among the lowest-scored, then frozen
+  W0 (out, in)      s_d  (r)         L_d = diag(s_d), trained to the end, starts at 0.1
+  frozen            B    (out, r)    trained until it is among the lowest-scored, then frozen
+      |             s_b  (out)       L_b = diag(s_b), trained to the end, starts at 0
+      |                   |
+      +-------- + --------+
+          y (tokens, out)                      (1)  Y = W0 X + L_b B L_d A X
+
+For a 384 -> 1,536 layer and r = 4, W0 holds 589,824 values, A 1,536, B 6,144, s_d 4, s_b 1,536.
+`python aflora.py` shows the equations as numbers. On a model of your own:
+
+    adapters = add_adapters(model, targets=["query", "value"], modules_to_save=["classifier"])
+    freezer = AdaptiveFreezer(adapters, total_steps=1000, t_i=50, t_f=700)
+    train(model, batches, loss, epochs=10, lr=4e-3, freezer=freezer, precision="bf16")
+    save_adapter(model, "adapter.pt")
+
+Papers: AFLoRA, Liu et al., ACL 2024 (arXiv 2403.13269); LoRA, Hu et al. (arXiv 2106.09685); VeRA,
+there called ELoRA, Kopiczko et al. (arXiv 2310.11454); the score is that of PLATON, Zhang et al.
+(arXiv 2206.12562).
+"""
+
+import contextlib
+import hashlib
+import itertools
+import math
+import os
+import re
+import time
+import warnings
+import zipfile
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves, tree_map
+from tqdm import tqdm
+
+
+class AFLoRAError(ValueError):
+    """Something the user can mend: an argument, a file, an order of calls. The message says how."""
+
+
+# ---------------------------------------------------------------------------------- the layer, (1)
+
+KEYS = ("lora_A", "lora_B", "s_d", "s_b")
+# Up to this rank the vectors are folded into B. Far above it, with B frozen, the folded product's
+# gradient (out x r, summed over all tokens) costs more than scaling the activations does.
+FOLD_UP_TO_RANK = 64
+
+
+def kaiming_uniform(key, shape, a=0.0):
+    """A float32 tensor (fan_out, fan_in), Kaiming-uniform, that the string `key` can always regrow.
+
+    From numpy's RandomState: its stream is frozen by policy (NEP 19), torch's is not. So a file may
+    hold a seed in place of a matrix and still mean the same matrix years later, on any device.
+    """
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
+    bound = math.sqrt(6 / ((1 + a * a) * shape[1]))
+    values = np.random.RandomState(seed).uniform(-bound, bound, shape)
+    return torch.from_numpy(values.astype(np.float32))
+
+
+class AFLoRALinear(nn.Module):
+    """A linear module with the path of equation (1) beside it: x (..., in) -> y (..., out).
+
+    base: any module with in_features and out_features; it is called, so quantised layers work too.
+    lora_A (rank, in), lora_B (out, rank), s_d (rank,), s_b (out,): float32 on any base.
+    method: what trains: "aflora" all four; "lora" A and B, scaled by alpha / rank; "elora" s_d, s_b.
+    seed, name: choose the random start.
+    """
+
+    def __init__(self, base, rank=4, method="aflora", alpha=16, seed=0, name=""):
+        super().__init__()
+        if method not in ("aflora", "lora", "elora"):
+            raise AFLoRAError(f"method {method!r}: choose aflora, lora or elora")
+        if not isinstance(rank, int) or rank < 1:
+            raise AFLoRAError(f"rank {rank!r}: give a whole number of at least 1")
+        self.base, self.rank, self.method, self.alpha = base, rank, method, alpha
+        self.shape = (base.out_features, base.in_features)
+        # ELoRA shares one random pair among all layers of one shape, so the shape seeds it.
+        self.seed_key = f"{seed}/{self.shape if method == 'elora' else name}"
+        self.kept_weight = None  # the base's own weight, while merged
+        like = next(base.parameters(), torch.empty(0))
+        for key in KEYS:
+            start = self.start(key).to(like.device, torch.promote_types(like.dtype, torch.float32))
+            trains = method == "aflora" or (method == "lora") == key.startswith("lora")
+            setattr(self, key, nn.Parameter(start, requires_grad=trains))
+
+    def start(self, key):
+        """The float32 value from which the parameter `key` starts, grown anew on the CPU."""
+        lora, (out_features, in_features) = self.method == "lora", self.shape
+        if key == "s_d":
+            return torch.full((self.rank,), self.alpha / self.rank if lora else 0.1)
+        if key == "s_b":
+            return torch.full((out_features,), 1.0 if lora else 0.0)
+        if key == "lora_B" and lora:
+            return torch.zeros(out_features, self.rank)
+        shape = (self.rank, in_features) if key == "lora_A" else (out_features, self.rank)
+        return kaiming_uniform(f"{self.seed_key}/{key}", shape, math.sqrt(5) if lora else 0.0)
+
+    @property
+    def merged(self):
+        return self.kept_weight is not None
+
+    def forward(self, x):
+        tokens = x.reshape(-1, self.shape[1])  # (tokens, in), whatever stands before
+        y = self.base(tokens)
+        if self.merged and self.training and torch.is_grad_enabled():
+            raise AFLoRAError("training while merged: unmerge() first (or model.eval() to infer)")
+        if not self.merged:
+            # (1)  Y = W0 X + L_b B L_d A X
+            h = F.linear(tokens, self.lora_A.to(x.dtype)).to(y.dtype)  # (tokens, r)
+            if self.rank <= FOLD_UP_TO_RANK or self.lora_B.requires_grad:
+                # Both vectors folded into the thin B, their gradients follow from h^T (grad y). As
+                # written in (1), autograd would keep a tokens x out tensor for s_b. (r, out) and in
+                # place, for on CPUs the other layout's gradient is slow and so is a separate sum.
+                folded = (self.s_d[:, None] * self.lora_B.T * self.s_b).contiguous()
+                y = y.addmm_(h, folded.to(y.dtype))
+            else:
+                wide = F.linear(h * self.s_d.to(y.dtype), self.lora_B.to(y.dtype))
+                y = y + wide * self.s_b.to(y.dtype)
+        return y.view(*x.shape[:-1], self.shape[0])
+
+    def delta_weight(self):
+        """L_b B L_d A, (out, in): what the path adds to the base's weight."""
+        return (self.s_b[:, None] * self.lora_B * self.s_d) @ self.lora_A
+
+    @torch.no_grad()
+    def merge(self):
+        """Adds delta_weight() to the weight as it was loaded: inference costs nothing. Idempotent."""
+        weight = getattr(self.base, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.shape != self.shape:
+            raise AFLoRAError(f"{type(self.base).__name__} has no plain (out, in) weight to merge into")
+        if not self.merged:
+            loaded = getattr(weight, "loaded", weight.data)  # not train()'s half-precision copy
+            self.kept_weight = weight.data
+            weight.data = (loaded + self.delta_weight()).to(loaded.dtype)
+
+    def unmerge(self):
+        """Puts the kept weight back bit for bit (subtracting would leave rounding). Idempotent."""
+        if self.merged:
+            self.base.weight.data = self.kept_weight.to(self.base.weight.device)
+            self.kept_weight = None
+
+
+# -------------------------------------------------------------------------- adapters into a model
+
+def find(targets, names, kind):
+    """Those of `names` that `targets` selects: one regular expression on whole names, or a list of
+    dotted suffixes ("query" selects layers.0.query, never layers.0.bigquery).
+
+    Raises AFLoRAError with the targets that select nothing and the names, of `kind`, there are.
+    """
+    patterns = {targets: targets} if isinstance(targets, str) else {
+        target: r"(.*\.)?" + re.escape(target) for target in targets}
+    found = {t: [n for n in names if re.fullmatch(p, n)] for t, p in patterns.items()}
+    if unmatched := [target for target, hits in found.items() if not hits]:
+        there = ", ".join(dict.fromkeys(re.sub(r"\d+", "*", n) for n in names)) or "none"
+        raise AFLoRAError(f"no {kind} matches {', '.join(unmatched)}; there are: {there}")
+    return [n for n in names if any(n in hits for hits in found.values())]
+
+
+def add_adapters(model, targets, rank=4, method="aflora", train_matrices="all",
+                 modules_to_save=(), alpha=16, seed=0):
+    """Wraps the linear modules that `targets` selects, freezes all else: {name: AFLoRALinear}.
+
+    targets: dotted suffixes, or one regular expression on full module names; () adapts nothing.
+    train_matrices: whose A and B train ("aflora" only): "all", "none", or targets among the adapted
+        modules. The paper's GLUE runs train the FFN's and leave the attention's at their start.
+    modules_to_save: suffixes of modules that train whole and are saved with the adapter: the head.
+    Raises AFLoRAError, before anything is changed, for what does not fit.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    linears = [name for name, m in modules.items() if hasattr(m, "in_features")]
+    if hasattr(model, "adapter_config"):
+        raise AFLoRAError("this model has adapters already: add them once, to the plain model")
+    if method != "aflora" and train_matrices != "all":
+        raise AFLoRAError(f"train_matrices goes with method aflora; {method} has its own rule")
+    names = find(targets, linears, "linear module")
+    saved = find(modules_to_save, modules, "module")
+    if not names and not saved:
+        raise AFLoRAError("neither targets nor modules_to_save: nothing would train")
+    for name in names:
+        parent = type(modules.get(name.rpartition(".")[0], model))
+        if issubclass(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            raise AFLoRAError(f"{name}: {parent.__name__} reads this weight without calling the "
+                              "module, so an adapter would do nothing; leave it out of targets")
+        if any(f"{name}.".startswith(f"{module}.") for module in saved):
+            raise AFLoRAError(f"{name} is among targets and in modules_to_save: choose one")
+    layers = {n: AFLoRALinear(modules[n], rank, method, alpha, seed, name=n) for n in names}
+    trained = dict(all=names, none=[]).get(train_matrices) if isinstance(train_matrices, str) else None
+    if trained is None:
+        trained = find(train_matrices, names, "adapted module")
+
+    model.requires_grad_(False)  # LayerNorms, embeddings and biases, too
+    pairs = {}  # ELoRA: the first layer of a shape lends its A and B to the others
+    for name, layer in layers.items():
+        if method == "elora":
+            pair = pairs.setdefault(layer.shape, (layer.lora_A, layer.lora_B))
+            layer.lora_A, layer.lora_B = pair
+        if method == "aflora" and name not in trained:
+            layer.lora_A.requires_grad_(False)
+            layer.lora_B.requires_grad_(False)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    for name in saved:
+        modules[name].requires_grad_(True)
+    model.adapter_config = dict(
+        targets=targets if isinstance(targets, str) else list(targets), rank=rank, method=method,
+        train_matrices=trained if method == "aflora" else "all", modules_to_save=saved,
+        alpha=alpha, seed=seed)
+    return layers
+
+
+def adapters_of(model):
+    """{module name: AFLoRALinear}, in the model's order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, AFLoRALinear)}
+
+
+def merge_adapters(model):
+    """Merges every adapter into its base, see AFLoRALinear.merge."""
+    for layer in adapters_of(model).values():
+        layer.merge()
+
+
+def unmerge_adapters(model):
+    """Takes every adapter out of its base again, bit for bit."""
+    for layer in adapters_of(model).values():
+        layer.unmerge()
+
+
+# ---------------------------------------------------------- the score (2)-(5) and the schedule (6)
+
+def sensitivity(weight, grad, kind="gradient-weight"):
+    """Raw sensitivity of each element, equation (2); all tensors of one shape."""
+    if kind == "gradient-weight":
+        # (2)  I = |w * grad L|    to first order, how much the loss moves if w is set to zero
+        return (weight * grad).abs()
+    if kind == "gradient":
+        # (2)  I = |grad L|        the paper's choice: a large weight at rest may freeze as well
+        return grad.abs()
+    if kind == "weight":
+        # (2)  I = |w|             in the paper's ablation
+        return weight.abs()
+    raise AFLoRAError(f"sensitivity {kind!r}: choose gradient-weight, gradient or weight")
+
+
+def freezing_fraction(step, total_steps, t_i, t_f):
+    """Equation (6): the share r of the matrices that is frozen after `step` of `total_steps`.
+
+    All in optimizer steps: none in the first t_i, a cubic ramp, steep at first, all in the last t_f.
+    Raises AFLoRAError where t_i and t_f do not fit into total_steps.
+    """
+    if min(t_i, t_f) < 0 or t_i + t_f > total_steps:
+        raise AFLoRAError(f"t_i = {t_i} and t_f = {t_f} do not fit into {total_steps} steps: "
+                          "make one of them smaller, or train longer")
+    # (6)  r(t) = 0                                         t < t_i
+    #           = 1 - (1 - (t - t_i) / (T - t_i - t_f))^3   t_i <= t < T - t_f
+    #           = 1                                         otherwise
+    if step >= total_steps - t_f:
+        return 1.0
+    return 1 - (1 - max(step - t_i, 0) / (total_steps - t_i - t_f)) ** 3
+
+
+# ---------------------------------------------------------------------------------- the freezer
+
+class AdaptiveFreezer:
+    """Scores all trainable A and B at each step; freezes the lowest r(t) share of them for good.
+
+    adapters: what add_adapters returned. total_steps, t_i, t_f: optimizer steps, equation (6).
+    interval: matrices freeze only at a look: after each multiple of it, and after T - t_f steps.
+    beta1, beta2, sensitivity: equations (3), (4), (2).
+    frozen_at: {matrix: after how many steps it froze}, in the order of freezing.
+    Where update() and freeze() belong in a step: see train(). Raises AFLoRAError where nothing is
+    trainable or the schedule does not fit, warns where the ramp is short.
+    """
+
+    def __init__(self, adapters, total_steps, t_i, t_f, interval=10, beta1=0.85, beta2=0.95,
+                 sensitivity="gradient-weight"):
+        trained = {f"{name}.{key}": p for name, layer in adapters.items()
+                   for key, p in layer.named_parameters(recurse=False) if p.requires_grad}
+        self.matrices = {name: p for name, p in trained.items() if p.dim() == 2}
+        self.vector_parameters = sum(p.numel() for p in trained.values() if p.dim() == 1)
+        if not self.matrices:
+            raise AFLoRAError("no A or B is trainable: nothing to freeze, leave the freezer out")
+        self.interval, self.beta1, self.beta2, self.kind = interval, beta1, beta2, sensitivity
+        self.schedule = dict(total_steps=total_steps, t_i=t_i, t_f=t_f)
+        self.step, self.frozen_at = 0, {}
+        freezing_fraction(0, **self.schedule)  # raises if it does not fit
+        if (ramp := total_steps - t_i - t_f) < 10 * interval:
+            how = "in a few large groups" if ramp else "all at once"
+            warnings.warn(f"the ramp has {ramp} steps and a look every {interval}: "
+                          f"{len(self.matrices)} matrices freeze {how}")
+        # The live matrices lie end to end in one flat tensor: one kernel for all, not one for each.
+        flat = torch.cat([p.detach().flatten() for p in self.matrices.values()])
+        self.Ibar, self.Ubar = torch.zeros_like(flat), torch.zeros_like(flat)
+
+    @property
+    def live(self):
+        """{name: parameter} of the matrices that still train, in the model's order."""
+        return {name: p for name, p in self.matrices.items() if name not in self.frozen_at}
+
+    def split(self, flat):
+        """{name: its part of a flat tensor} for the live matrices."""
+        return dict(zip(self.live, flat.split([p.numel() for p in self.live.values()])))
+
+    @torch.no_grad()
+    def update(self, found_inf=None):
+        """Takes this step's gradients into the running scores, equations (2)-(4).
+
+        found_inf: 0-dim bool tensor, true if the optimizer skips this step: the scores then stay as
+        they are. Default: whether a live matrix has a gradient that is not finite. Never waits for
+        the device. Raises AFLoRAError for a trainable matrix without a gradient.
+        """
+        live = self.live
+        if missing := [name for name, p in live.items() if p.grad is None]:
+            raise AFLoRAError(f"no gradient for {', '.join(missing)}: update() goes between backward() "
+                              "and zero_grad(), and the loss has to depend on every adapted layer")
+        if not live:
+            return
+        weight = torch.cat([p.flatten() for p in live.values()])
+        grad = torch.cat([p.grad.flatten() for p in live.values()])
+        if found_inf is None:
+            found_inf = ~grad.isfinite().all()
+        # (2)  I(t) = |w * grad L|, or what else `kind` says
+        I = sensitivity(weight, grad, self.kind)
+        # (3)  Ibar(t) = b1 Ibar(t-1) + (1 - b1) I(t),  Ibar(0) = 0
+        Ibar = self.beta1 * self.Ibar + (1 - self.beta1) * I
+        # (4)  U(t) = |I(t) - Ibar(t)|,  Ubar(t) = b2 Ubar(t-1) + (1 - b2) U(t),  Ubar(0) = 0
+        Ubar = self.beta2 * self.Ubar + (1 - self.beta2) * (I - Ibar).abs()
+        # A running average never forgets an inf.
+        self.Ibar = torch.where(found_inf, self.Ibar, Ibar)
+        self.Ubar = torch.where(found_inf, self.Ubar, Ubar)
+
+    def scores(self):
+        """Equation (5) for every live matrix, {name: float}. One transfer from the device."""
+        # (5)  s(t) = mean(Ibar * Ubar): both are >= 0, so the L1 norm (one foreach kernel) / count
+        products = self.split(self.Ibar * self.Ubar)
+        sums = torch._foreach_norm(list(products.values()), 1) if products else []
+        means = [s / part.numel() for s, part in zip(sums, products.values())]
+        return dict(zip(products, torch.stack(means).tolist())) if products else {}
+
+    def is_look(self, step):
+        """Whether matrices may freeze after `step` completed optimizer steps."""
+        end_of_ramp = self.schedule["total_steps"] - self.schedule["t_f"]
+        return step % self.interval == 0 or step == end_of_ramp
+
+    def shares(self):
+        """(scheduled, realised): r(t) at the step that freeze() last saw, and what is frozen."""
+        return freezing_fraction(self.step, **self.schedule), len(self.frozen_at) / len(self.matrices)
+
+    def freeze(self, step, optimizer):
+        """At a look, freezes what is due after `step` completed optimizer steps: floor(r(t) n).
+
+        Returns the names of the newly frozen, lowest score first; waits for the device only then.
+        """
+        self.step = step
+        due = math.floor(self.shares()[0] * len(self.matrices)) - len(self.frozen_at)
+        if due <= 0 or not self.is_look(step):
+            return []
+        scores = self.scores()
+        chosen = sorted(scores, key=scores.get)[:due]  # a stable sort: ties in the model's order
+        keep = torch.cat([torch.full_like(part, name not in chosen, dtype=torch.bool)
+                          for name, part in self.split(self.Ibar).items()])
+        self.Ibar, self.Ubar = self.Ibar[keep], self.Ubar[keep]
+        for name in chosen:
+            self.frozen_at[name] = step
+            self.release(self.matrices[name], optimizer)
+        return chosen
+
+    def release(self, parameter, optimizer):
+        """Freezes a parameter so that nothing moves it. It stays in its group: a resumed run fits."""
+        parameter.requires_grad_(False)
+        parameter.grad = None  # not zero: AdamW would move it on by momentum and decay
+        optimizer.state.pop(parameter, None)
+
+    def average_trainable(self):
+        """Trainable adapter parameters (no head), averaged over the steps done so far. Exact."""
+        steps = max(self.step, 1)
+        matrices = sum(p.numel() * self.frozen_at.get(n, steps) for n, p in self.matrices.items())
+        return self.vector_parameters + matrices / steps
+
+    def state_dict(self):
+        """All that a resumed run needs: tensors, numbers and strings."""
+        return {key: getattr(self, key) for key in ("schedule", "step", "frozen_at", "Ibar", "Ubar")}
+
+    def load_state_dict(self, state, optimizer):
+        """Takes up a state_dict(), freezes what was frozen. Raises AFLoRAError for another run's."""
+        if state["schedule"] != self.schedule or not state["frozen_at"].keys() <= self.matrices.keys():
+            raise AFLoRAError(f"a freezer of another run: {state['schedule']}, here {self.schedule}")
+        for name in state["frozen_at"]:
+            self.release(self.matrices[name], optimizer)
+        self.step, self.frozen_at = state["step"], dict(state["frozen_at"])
+        self.Ibar, self.Ubar = state["Ibar"].to(self.Ibar), state["Ubar"].to(self.Ubar)
+
+
+# ---------------------------------------------------------------------------------- adapter files
+
+ADAPTER_FORMAT = "aflora adapter 1"
+
+def checksum(tensor):
+    """sha256 of the float32 values."""
+    return hashlib.sha256(tensor.float().numpy().tobytes()).hexdigest()
+
+
+def write_file(path, content):
+    """Writes bytes, or anything by torch.save, under a temporary name and renames: never half a file."""
+    temporary = f"{path}.part"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content) if isinstance(content, bytes) else torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+def read_file(path):
+    """Reads what write_file wrote. Only tensors, numbers and strings: no file can run code here."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # stored uncompressed: parts cannot exceed the whole
+            if sum(part.file_size for part in archive.infolist()) > os.path.getsize(path):
+                raise AFLoRAError("its parts claim more bytes than it has")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever it is, it is the file's
+        raise AFLoRAError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def saved_values(model):
+    """{full name: tensor} of all that an adapter file covers: the adapters and modules_to_save."""
+    modules = {name: dict(layer.named_parameters(recurse=False))
+               for name, layer in adapters_of(model).items()}
+    for name in model.adapter_config["modules_to_save"]:
+        modules[name] = model.get_submodule(name).state_dict()
+    return {f"{n}.{key}": v.detach() for n, values in modules.items() for key, v in values.items()}
+
+
+def save_adapter(model, path):
+    """Writes the configuration, modules_to_save and every adapter value that has left its start.
+
+    For what has not, the untrained random matrices above all, a checksum stands: the seed is in the
+    configuration. Raises AFLoRAError for a model without adapters.
+    """
+    if not hasattr(model, "adapter_config"):
+        raise AFLoRAError("this model has no adapters: add_adapters(model, ...) first")
+    values = saved_values(model)
+    at_start = {}
+    for name, layer in adapters_of(model).items():
+        for key in KEYS:
+            start, value = layer.start(key), values[f"{name}.{key}"].cpu()
+            if torch.equal(value, start.to(value.dtype)):
+                at_start[f"{name}.{key}"] = checksum(start)
+    learned = {name: value.cpu().clone() for name, value in values.items() if name not in at_start}
+    shapes = {name: list(value.shape) for name, value in values.items()}
+    write_file(path, dict(format=ADAPTER_FORMAT, config=model.adapter_config, shapes=shapes,
+                          at_start=at_start, learned=learned))
+
+
+def load_adapter(model, path):
+    """Loads a file of save_adapter into the plain base model, or into one with the same adapters.
+
+    Returns {name: AFLoRALinear}. Raises AFLoRAError, saying what differs, for a file of another
+    model, rank or target set, and for a regrown matrix unlike its checksum; no value has changed then.
+    """
+    content = read_file(path)
+    if not isinstance(content, dict) or content.get("format") != ADAPTER_FORMAT:
+        raise AFLoRAError(f"{path} is not an adapter file of this program")
+    config, learned = content["config"], content["learned"]
+    if not hasattr(model, "adapter_config"):
+        add_adapters(model, **config)
+    layers, values = adapters_of(model), saved_values(model)
+    here = model.adapter_config | {name: list(value.shape) for name, value in values.items()}
+    there = config | content["shapes"]
+    for key in here | there:
+        if here.get(key) != there.get(key):
+            raise AFLoRAError(f"{path} does not fit this model: {key} is {there.get(key)} in the file, "
+                              f"{here.get(key)} here")
+    for name, expected in content["at_start"].items():
+        module, _, key = name.rpartition(".")
+        learned[name] = layers[module].start(key)
+        if checksum(learned[name]) != expected:
+            raise AFLoRAError(f"{path}: {name}, regrown from seed {config['seed']}, is not as saved")
+    if any(layer.merged for layer in layers.values()):
+        raise AFLoRAError("these adapters are merged: unmerge_adapters(model) before loading")
+    for name, value in values.items():
+        value.copy_(learned[name])
+    return layers
+
+
+# ------------------------------------------------------------------------------ the training loop
+
+COMPUTE_TYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+LOG_EVERY = 10  # steps between two transfers of the loss from the device
+LINE = "loss {loss:.3f}  lr {lr:.1e}  {examples_per_second:.0f} examples/s"
+FROZEN = "  frozen {frozen}/{matrices} (scheduled {scheduled:.2f})"
+
+
+@contextlib.contextmanager
+def frozen_weights_in(model, dtype):
+    """Holds the frozen float32 linear weights in `dtype`: autocast would cast them at each use.
+
+    Meanwhile the loaded ones hang on their parameters as .loaded; afterwards they come back.
+    """
+    frozen = [p for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters()
+              if not p.requires_grad and p.dtype == torch.float32]
+    for p in frozen:
+        p.loaded, p.data = p.data, p.data.to(dtype)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.data = p.loaded
+            del p.loaded
+
+
+def to_device(batch, device):
+    """Moves all tensors of a batch; pinned memory lets a copy to CUDA overlap the computation."""
+    def move(tensor):
+        tensor = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
+        return tensor.to(device, non_blocking=True)
+    return tree_map(move, batch)
+
+
+def make_optimizer(model, lr, head_lr, weight_decay):
+    """AdamW over what trains: modules_to_save at head_lr; no decay on vectors and biases (1-dim)."""
+    saved = getattr(model, "adapter_config", {}).get("modules_to_save", ())
+    head = {p for name in saved for p in model.get_submodule(name).parameters()}
+    groups = {}
+    for p in (p for p in model.parameters() if p.requires_grad):
+        key = (lr if p not in head or head_lr is None else head_lr, weight_decay * (p.dim() > 1))
+        groups.setdefault(key, []).append(p)
+    if not groups:
+        raise AFLoRAError("nothing in this model is trainable: add_adapters(model, ...) first")
+    # Fused, AdamW can skip a step on the device without asking the host.
+    return torch.optim.AdamW([dict(params=params, lr=rate, peak_lr=rate, weight_decay=decay)
+                              for (rate, decay), params in groups.items()], fused=True)
+
+
+def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, precision="fp32",
+          accumulate=1, clip=1.0, warmup=0.06, weight_decay=0.0, evaluate=None, on_gradients=None,
+          on_log=None, device=None):
+    """Trains by AdamW what requires a gradient and freezes as `freezer` says. It knows no task.
+
+    batches: callable, epoch -> sized iterable of batches: tensors in tuples, lists or dicts.
+    loss: callable, (model, batch) -> scalar mean. evaluate: callable, model -> {metric: float}.
+    lr, head_lr: peak learning rates of the adapters and of modules_to_save; linear warm-up over the
+    share `warmup` of all steps, then linear decay. clip: maximal gradient norm.
+    precision: "fp32", "bf16" (autocast) or "fp16" (autocast and GradScaler).
+    accumulate: micro-batches per optimizer step, equally weighted.
+    on_log(dict): each logged line, every 10 steps and at the freezer's looks; only there does the
+    host wait for the device.
+
+    One optimizer step, in this order; a loop of your own needs the same:
+        scaler.scale(loss).backward()             for each micro-batch
+        on_gradients(parameters)                  whole, still scaled: average over processes here
+        scaler.unscale_(optimizer)
+        freezer.update()                          score: after unscaling, before clipping
+        clip_grad_norm_(parameters, clip)
+        scaler.step(optimizer); scaler.update()
+        freezer.freeze(step, optimizer)           step: how many are completed by now
+        optimizer.zero_grad(set_to_none=True)
+    A step whose gradient is not finite changes nothing and is not counted. That is daily business
+    for fp16's scaler; in bf16 and fp32 the next logged line ends the run with AFLoRAError.
+
+    Returns dict(history=[dict per epoch], steps, skipped, seconds), seconds without evaluation.
+    """
+    if precision not in COMPUTE_TYPES:
+        raise AFLoRAError(f"precision {precision!r}: choose one of {', '.join(COMPUTE_TYPES)}")
+    if min(epochs, accumulate) < 1 or min(lr, clip) <= 0 or not 0 <= warmup < 1 or weight_decay < 0:
+        raise AFLoRAError("epochs and accumulate must be 1 or more, lr and clip above 0, "
+                          "weight_decay 0 or more and warmup a share below 1")
+    device = torch.device(device) if device else next(model.parameters()).device
+    model.to(device)
+    steps_per_epoch = math.ceil(len(batches(0)) / accumulate)
+    total = epochs * steps_per_epoch
+    if freezer and freezer.schedule["total_steps"] != total:
+        raise AFLoRAError(f"the freezer counts on {freezer.schedule['total_steps']} steps, but {epochs} "
+                          f"epochs of {steps_per_epoch} steps are {total}")
+    optimizer = make_optimizer(model, lr, head_lr, weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    autocast = torch.autocast(device.type, COMPUTE_TYPES[precision], enabled=precision != "fp32")
+    attempted, skipped, seconds, window, history = 0, 0, 0.0, [], []
+
+    with frozen_weights_in(model, COMPUTE_TYPES[precision]), tqdm(total=total, unit="step", mininterval=1) as bar:
+        for epoch in range(1, epochs + 1):
+            model.train()
+            began, examples, losses = time.perf_counter(), 0, []
+            waiting = iter(batches(epoch - 1))
+            while micro_batches := list(itertools.islice(waiting, accumulate)):
+                step = attempted - skipped  # completed so far, as far as the host knows
+                factor = min((step + 1) / (warmup * total + 1), (1 - step / total) / (1 - warmup))
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * factor
+                step_loss = torch.zeros((), device=device)
+                for batch in micro_batches:
+                    examples += len(tree_leaves(batch)[0])
+                    with autocast:
+                        batch_loss = loss(model, to_device(batch, device)) / len(micro_batches)
+                    scaler.scale(batch_loss).backward()
+                    step_loss += batch_loss.detach()
+                live = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+                if on_gradients:
+                    on_gradients(live)
+                scaler.unscale_(optimizer)
+                norm = torch.nn.utils.get_total_norm([p.grad for p in live])
+                found_inf = ~norm.isfinite()
+                if freezer:
+                    freezer.update(found_inf)
+                torch.nn.utils.clip_grads_with_norm_(live, clip, norm)
+                optimizer.found_inf = found_inf.float()  # skip the step if so; the scaler agrees
+                scaler.step(optimizer)
+                scaler.update()
+                window.append(torch.stack([step_loss, found_inf.float()]))
+                attempted, step = attempted + 1, step + 1
+                bar.update()
+                ends = attempted % steps_per_epoch == 0
+                if ends or step % LOG_EVERY == 0 or (freezer and freezer.is_look(step)):
+                    # One transfer: the losses, and which steps were skipped; `step` is exact again.
+                    recent = torch.stack(window).tolist()
+                    window = []
+                    losses += [value for value, _ in recent]
+                    bad = sum(inf for _, inf in recent)
+                    if not math.isfinite(sum(losses)) or (bad and precision != "fp16"):
+                        raise AFLoRAError(f"a loss or gradient that is not finite, at most {len(recent)} "
+                                          f"steps before step {step}, learning rate {lr * factor:.1e}: "
+                                          "lower lr or clip")
+                    skipped += int(bad)
+                    step = attempted - skipped
+                    line = dict(epoch=epoch, step=step, loss=sum(v for v, _ in recent) / len(recent),
+                                lr=lr * factor, skipped=skipped,
+                                examples_per_second=examples / (time.perf_counter() - began))
+                    if freezer:
+                        freezer.freeze(step, optimizer)
+                        line |= dict(frozen=len(freezer.frozen_at), matrices=len(freezer.matrices),
+                                     scheduled=freezer.shares()[0])
+                    bar.set_postfix_str((LINE + FROZEN if freezer else LINE).format(**line), refresh=False)
+                    if on_log:
+                        on_log(line)
+                optimizer.zero_grad(set_to_none=True)
+            seconds += time.perf_counter() - began
+            history.append(dict(epoch=epoch, step=step, loss=sum(losses) / len(losses)))
+            if evaluate:
+                model.eval()
+                with torch.no_grad(), autocast:
+                    history[-1] |= evaluate(model)
+            bar.write("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}"
+                                for k, v in history[-1].items()))
+    return dict(history=history, steps=step, skipped=skipped, seconds=seconds)
+
+
+# ------------------------------------------------------------------------------- a demonstration
+
+def demo(steps=300, t_i=50, t_f=100, watched="2.lora_B"):
+    """A frozen random network learns, by AFLoRA, to follow another one; in a loop of its own."""
+    torch.manual_seed(0)
+    student, teacher = (nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(),
+                                      nn.Linear(32, 1)) for _ in range(2))
+    freezer = AdaptiveFreezer(add_adapters(student, targets=["0", "2"]), steps, t_i, t_f)
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=2e-2)
+    print(f"{steps} steps: none freezes before t_i = {t_i}, all are frozen for the last t_f = {t_f}.\n"
+          f"{watched}: means over the matrix until it freezes. s (5) is the mean of Ibar * Ubar,\n"
+          "element by element, so it is not the product of the two means.\n\n"
+          "step  loss    (2) I     (3) Ibar  (4) U     Ubar      (5) s     (6) r  now frozen")
+    for step in range(1, steps + 1):
+        x = torch.randn(64, 8)
+        loss = F.mse_loss(student(x), teacher(x).detach())
+        loss.backward()
+        freezer.update()
+        numbers = []
+        if (matrix := freezer.live.get(watched)) is not None:
+            I = sensitivity(matrix.detach(), matrix.grad).flatten()
+            Ibar, Ubar = (freezer.split(flat)[watched] for flat in (freezer.Ibar, freezer.Ubar))
+            numbers = [I, Ibar, (I - Ibar).abs(), Ubar, Ibar * Ubar]
+        optimizer.step()
+        frozen = freezer.freeze(step, optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        if frozen or (numbers and freezer.is_look(step)):
+            means = "  ".join(f"{n.mean():.2e}" for n in numbers) or " " * 48
+            print(f"{step:4}  {loss:.4f}  {means}  {freezer.shares()[0]:.3f}  {', '.join(frozen)}")
+    start = sum(p.numel() for p in freezer.matrices.values()) + freezer.vector_parameters
+    print(f"\nfrozen after step: {freezer.frozen_at}\ntrainable parameters: {start} at the start, "
+          f"{freezer.vector_parameters} at the end, {freezer.average_trainable():.1f} on average")
+
+
+if __name__ == "__main__":
+    demo()
