@@ -23,9 +23,8 @@ For a 384 -> 1,536 layer and r = 4, W0 holds 589,824 values, A 1,536, B 6,144, s
     train(model, batches, loss, epochs=10, lr=4e-3, freezer=freezer, precision="bf16")
     save_adapter(model, "adapter.pt")
 
-Papers: AFLoRA, Liu et al., ACL 2024 (arXiv 2403.13269); LoRA, Hu et al. (arXiv 2106.09685); VeRA,
-there called ELoRA, Kopiczko et al. (arXiv 2310.11454); the score is that of PLATON, Zhang et al.
-(arXiv 2206.12562).
+Papers: AFLoRA, Liu et al. (arXiv 2403.13269); LoRA, Hu et al. (2106.09685); ELoRA, published as
+VeRA, Kopiczko et al. (2310.11454); PLATON, whose score this is, Zhang et al. (2206.12562).
 """
 
 import contextlib
@@ -54,16 +53,13 @@ class AFLoRAError(ValueError):
 
 KEYS = ("lora_A", "lora_B", "s_d", "s_b")
 # Up to this rank the vectors are folded into B. Far above it, with B frozen, the folded product's
-# gradient (out x r, summed over all tokens) costs more than scaling the activations does.
+# gradient (r x out, summed over all tokens) costs more than scaling the activations does.
 FOLD_UP_TO_RANK = 64
 
 
 def kaiming_uniform(key, shape, a=0.0):
-    """A float32 tensor (fan_out, fan_in), Kaiming-uniform, that the string `key` can always regrow.
-
-    From numpy's RandomState: its stream is frozen by policy (NEP 19), torch's is not. So a file may
-    hold a seed in place of a matrix and still mean the same matrix years later, on any device.
-    """
+    """A float32 tensor (fan_out, fan_in), Kaiming-uniform, that the string `key` can always regrow:
+    numpy's RandomState has a stream frozen by policy (NEP 19), so a file may hold a seed instead."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
     bound = math.sqrt(6 / ((1 + a * a) * shape[1]))
     values = np.random.RandomState(seed).uniform(-bound, bound, shape)
@@ -75,16 +71,14 @@ class AFLoRALinear(nn.Module):
 
     base: any module with in_features and out_features; it is called, so quantised layers work too.
     lora_A (rank, in), lora_B (out, rank), s_d (rank,), s_b (out,): float32 on any base.
-    method: what trains: "aflora" all four; "lora" A and B, scaled by alpha / rank; "elora" s_d, s_b.
-    seed, name: choose the random start.
+    method: "aflora" trains all four, "lora" A and B (scaled by alpha / rank), "elora" the vectors.
+    seed, name: choose the random start. Raises AFLoRAError for a method or rank that is none.
     """
 
     def __init__(self, base, rank=4, method="aflora", alpha=16, seed=0, name=""):
         super().__init__()
-        if method not in ("aflora", "lora", "elora"):
-            raise AFLoRAError(f"method {method!r}: choose aflora, lora or elora")
-        if not isinstance(rank, int) or rank < 1:
-            raise AFLoRAError(f"rank {rank!r}: give a whole number of at least 1")
+        if method not in ("aflora", "lora", "elora") or not isinstance(rank, int) or rank < 1:
+            raise AFLoRAError(f"method {method!r}, rank {rank!r}: aflora, lora or elora; at least 1")
         self.base, self.rank, self.method, self.alpha = base, rank, method, alpha
         self.shape = (base.out_features, base.in_features)
         # ELoRA shares one random pair among all layers of one shape, so the shape seeds it.
@@ -108,10 +102,6 @@ class AFLoRALinear(nn.Module):
         shape = (self.rank, in_features) if key == "lora_A" else (out_features, self.rank)
         return kaiming_uniform(f"{self.seed_key}/{key}", shape, math.sqrt(5) if lora else 0.0)
 
-    @property
-    def merged(self):
-        return self.kept_weight is not None
-
     def forward(self, x):
         tokens = x.reshape(-1, self.shape[1])  # (tokens, in), whatever stands before
         y = self.base(tokens)
@@ -123,7 +113,7 @@ class AFLoRALinear(nn.Module):
             if self.rank <= FOLD_UP_TO_RANK or self.lora_B.requires_grad:
                 # Both vectors folded into the thin B, their gradients follow from h^T (grad y). As
                 # written in (1), autograd would keep a tokens x out tensor for s_b. (r, out) and in
-                # place, for on CPUs the other layout's gradient is slow and so is a separate sum.
+                # place: on CPUs the other layout's gradient is slow, and so is a separate sum.
                 folded = (self.s_d[:, None] * self.lora_B.T * self.s_b).contiguous()
                 y = y.addmm_(h, folded.to(y.dtype))
             else:
@@ -135,12 +125,16 @@ class AFLoRALinear(nn.Module):
         """L_b B L_d A, (out, in): what the path adds to the base's weight."""
         return (self.s_b[:, None] * self.lora_B * self.s_d) @ self.lora_A
 
+    @property
+    def merged(self):
+        return self.kept_weight is not None
+
     @torch.no_grad()
     def merge(self):
-        """Adds delta_weight() to the weight as it was loaded: inference costs nothing. Idempotent."""
+        """Adds delta_weight() to the weight as loaded, so that inference costs no more. Idempotent."""
         weight = getattr(self.base, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.shape != self.shape:
-            raise AFLoRAError(f"{type(self.base).__name__} has no plain (out, in) weight to merge into")
+            raise AFLoRAError(f"{type(self.base).__name__} has no (out, in) weight to merge into")
         if not self.merged:
             loaded = getattr(weight, "loaded", weight.data)  # not train()'s half-precision copy
             self.kept_weight = weight.data
@@ -181,36 +175,34 @@ def add_adapters(model, targets, rank=4, method="aflora", train_matrices="all",
     Raises AFLoRAError, before anything is changed, for what does not fit.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    linears = [name for name, m in modules.items() if hasattr(m, "in_features")]
+    linears = [name for name, module in modules.items() if hasattr(module, "in_features")]
     if hasattr(model, "adapter_config"):
         raise AFLoRAError("this model has adapters already: add them once, to the plain model")
     if method != "aflora" and train_matrices != "all":
         raise AFLoRAError(f"train_matrices goes with method aflora; {method} has its own rule")
     names = find(targets, linears, "linear module")
     saved = find(modules_to_save, modules, "module")
+    some = train_matrices not in ("all", "none")
+    trained = find(train_matrices, names, "adapter") if some else names * (train_matrices == "all")
     if not names and not saved:
         raise AFLoRAError("neither targets nor modules_to_save: nothing would train")
     for name in names:
         parent = type(modules.get(name.rpartition(".")[0], model))
         if issubclass(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            raise AFLoRAError(f"{name}: {parent.__name__} reads this weight without calling the "
-                              "module, so an adapter would do nothing; leave it out of targets")
+            raise AFLoRAError(f"{name}: {parent.__name__} reads its weight and never calls it, so an "
+                              "adapter would do nothing: leave it out of targets")
         if any(f"{name}.".startswith(f"{module}.") for module in saved):
             raise AFLoRAError(f"{name} is among targets and in modules_to_save: choose one")
     layers = {n: AFLoRALinear(modules[n], rank, method, alpha, seed, name=n) for n in names}
-    trained = dict(all=names, none=[]).get(train_matrices) if isinstance(train_matrices, str) else None
-    if trained is None:
-        trained = find(train_matrices, names, "adapted module")
 
     model.requires_grad_(False)  # LayerNorms, embeddings and biases, too
     pairs = {}  # ELoRA: the first layer of a shape lends its A and B to the others
     for name, layer in layers.items():
+        pair = layer.lora_A, layer.lora_B
         if method == "elora":
-            pair = pairs.setdefault(layer.shape, (layer.lora_A, layer.lora_B))
-            layer.lora_A, layer.lora_B = pair
-        if method == "aflora" and name not in trained:
-            layer.lora_A.requires_grad_(False)
-            layer.lora_B.requires_grad_(False)
+            layer.lora_A, layer.lora_B = pairs.setdefault(layer.shape, pair)
+        elif name not in trained:
+            pair[0].requires_grad_(False), pair[1].requires_grad_(False)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
     for name in saved:
@@ -258,8 +250,8 @@ def sensitivity(weight, grad, kind="gradient-weight"):
 def freezing_fraction(step, total_steps, t_i, t_f):
     """Equation (6): the share r of the matrices that is frozen after `step` of `total_steps`.
 
-    All in optimizer steps: none in the first t_i, a cubic ramp, steep at first, all in the last t_f.
-    Raises AFLoRAError where t_i and t_f do not fit into total_steps.
+    All in optimizer steps: none in the first t_i, a cubic ramp, steep at first, all in the last
+    t_f. Raises AFLoRAError where t_i and t_f do not fit into total_steps.
     """
     if min(t_i, t_f) < 0 or t_i + t_f > total_steps:
         raise AFLoRAError(f"t_i = {t_i} and t_f = {t_f} do not fit into {total_steps} steps: "
@@ -269,7 +261,9 @@ def freezing_fraction(step, total_steps, t_i, t_f):
     #           = 1                                         otherwise
     if step >= total_steps - t_f:
         return 1.0
-    return 1 - (1 - max(step - t_i, 0) / (total_steps - t_i - t_f)) ** 3
+    if step < t_i:
+        return 0.0
+    return 1 - (1 - (step - t_i) / (total_steps - t_i - t_f)) ** 3
 
 
 # ---------------------------------------------------------------------------------- the freezer
@@ -296,11 +290,13 @@ class AdaptiveFreezer:
         self.interval, self.beta1, self.beta2, self.kind = interval, beta1, beta2, sensitivity
         self.schedule = dict(total_steps=total_steps, t_i=t_i, t_f=t_f)
         self.step, self.frozen_at = 0, {}
-        freezing_fraction(0, **self.schedule)  # raises if it does not fit
+        # {look: how many matrices are frozen after so many steps}: k = floor(r(t) n)
+        self.looks = {step: math.floor(freezing_fraction(step, total_steps, t_i, t_f) * len(self.matrices))
+                      for step in range(total_steps + 1) if not step % interval or step == total_steps - t_f}
         if (ramp := total_steps - t_i - t_f) < 10 * interval:
             how = "in a few large groups" if ramp else "all at once"
             warnings.warn(f"the ramp has {ramp} steps and a look every {interval}: "
-                          f"{len(self.matrices)} matrices freeze {how}")
+                          f"{len(self.matrices)} matrices freeze {how}", stacklevel=2)
         # The live matrices lie end to end in one flat tensor: one kernel for all, not one for each.
         flat = torch.cat([p.detach().flatten() for p in self.matrices.values()])
         self.Ibar, self.Ubar = torch.zeros_like(flat), torch.zeros_like(flat)
@@ -324,8 +320,8 @@ class AdaptiveFreezer:
         """
         live = self.live
         if missing := [name for name, p in live.items() if p.grad is None]:
-            raise AFLoRAError(f"no gradient for {', '.join(missing)}: update() goes between backward() "
-                              "and zero_grad(), and the loss has to depend on every adapted layer")
+            raise AFLoRAError(f"no gradient for {', '.join(missing)}: update() goes after "
+                              "backward(), before zero_grad(); and the loss must depend on every adapted layer")
         if not live:
             return
         weight = torch.cat([p.flatten() for p in live.values()])
@@ -338,48 +334,41 @@ class AdaptiveFreezer:
         Ibar = self.beta1 * self.Ibar + (1 - self.beta1) * I
         # (4)  U(t) = |I(t) - Ibar(t)|,  Ubar(t) = b2 Ubar(t-1) + (1 - b2) U(t),  Ubar(0) = 0
         Ubar = self.beta2 * self.Ubar + (1 - self.beta2) * (I - Ibar).abs()
-        # A running average never forgets an inf.
-        self.Ibar = torch.where(found_inf, self.Ibar, Ibar)
+        self.Ibar = torch.where(found_inf, self.Ibar, Ibar)  # an average never forgets an inf
         self.Ubar = torch.where(found_inf, self.Ubar, Ubar)
 
     def scores(self):
         """Equation (5) for every live matrix, {name: float}. One transfer from the device."""
+        if not self.live:
+            return {}
         # (5)  s(t) = mean(Ibar * Ubar): both are >= 0, so the L1 norm (one foreach kernel) / count
         products = self.split(self.Ibar * self.Ubar)
-        sums = torch._foreach_norm(list(products.values()), 1) if products else []
-        means = [s / part.numel() for s, part in zip(sums, products.values())]
-        return dict(zip(products, torch.stack(means).tolist())) if products else {}
-
-    def is_look(self, step):
-        """Whether matrices may freeze after `step` completed optimizer steps."""
-        end_of_ramp = self.schedule["total_steps"] - self.schedule["t_f"]
-        return step % self.interval == 0 or step == end_of_ramp
+        sums = torch.stack(torch._foreach_norm(list(products.values()), 1)).tolist()
+        return {name: total / products[name].numel() for name, total in zip(products, sums)}
 
     def shares(self):
         """(scheduled, realised): r(t) at the step that freeze() last saw, and what is frozen."""
-        return freezing_fraction(self.step, **self.schedule), len(self.frozen_at) / len(self.matrices)
+        scheduled = freezing_fraction(self.step, **self.schedule)
+        return scheduled, len(self.frozen_at) / len(self.matrices)
 
     def freeze(self, step, optimizer):
-        """At a look, freezes what is due after `step` completed optimizer steps: floor(r(t) n).
-
-        Returns the names of the newly frozen, lowest score first; waits for the device only then.
-        """
+        """At a look, freezes what is due after `step` completed optimizer steps, and only then waits
+        for the device. Returns the names of the newly frozen, lowest score first."""
         self.step = step
-        due = math.floor(self.shares()[0] * len(self.matrices)) - len(self.frozen_at)
-        if due <= 0 or not self.is_look(step):
+        if (due := self.looks.get(step, 0) - len(self.frozen_at)) <= 0:
             return []
         scores = self.scores()
         chosen = sorted(scores, key=scores.get)[:due]  # a stable sort: ties in the model's order
-        keep = torch.cat([torch.full_like(part, name not in chosen, dtype=torch.bool)
-                          for name, part in self.split(self.Ibar).items()])
-        self.Ibar, self.Ubar = self.Ibar[keep], self.Ubar[keep]
+        self.Ibar, self.Ubar = (torch.cat([flat[:0]] + [
+            part for name, part in self.split(flat).items() if name not in chosen])
+            for flat in (self.Ibar, self.Ubar))
         for name in chosen:
             self.frozen_at[name] = step
             self.release(self.matrices[name], optimizer)
         return chosen
 
     def release(self, parameter, optimizer):
-        """Freezes a parameter so that nothing moves it. It stays in its group: a resumed run fits."""
+        """Freezes a parameter so that nothing moves it; it stays in its group, as a resume wants."""
         parameter.requires_grad_(False)
         parameter.grad = None  # not zero: AdamW would move it on by momentum and decay
         optimizer.state.pop(parameter, None)
@@ -392,12 +381,12 @@ class AdaptiveFreezer:
 
     def state_dict(self):
         """All that a resumed run needs: tensors, numbers and strings."""
-        return {key: getattr(self, key) for key in ("schedule", "step", "frozen_at", "Ibar", "Ubar")}
+        return {k: getattr(self, k) for k in ("schedule", "step", "frozen_at", "Ibar", "Ubar")}
 
     def load_state_dict(self, state, optimizer):
-        """Takes up a state_dict(), freezes what was frozen. Raises AFLoRAError for another run's."""
-        if state["schedule"] != self.schedule or not state["frozen_at"].keys() <= self.matrices.keys():
-            raise AFLoRAError(f"a freezer of another run: {state['schedule']}, here {self.schedule}")
+        """Takes up a state_dict(), freezes what was frozen. Raises AFLoRAError for another run."""
+        if state["schedule"] != self.schedule or state["frozen_at"].keys() - self.matrices.keys():
+            raise AFLoRAError(f"of another run: {state['schedule']} there, {self.schedule} here")
         for name in state["frozen_at"]:
             self.release(self.matrices[name], optimizer)
         self.step, self.frozen_at = state["step"], dict(state["frozen_at"])
@@ -408,13 +397,14 @@ class AdaptiveFreezer:
 
 ADAPTER_FORMAT = "aflora adapter 1"
 
+
 def checksum(tensor):
     """sha256 of the float32 values."""
     return hashlib.sha256(tensor.float().numpy().tobytes()).hexdigest()
 
 
 def write_file(path, content):
-    """Writes bytes, or anything by torch.save, under a temporary name and renames: never half a file."""
+    """Writes bytes, or else by torch.save, to a temporary name and renames: never half a file."""
     temporary = f"{path}.part"
     try:
         with open(temporary, "wb") as file:
@@ -427,13 +417,16 @@ def write_file(path, content):
             os.remove(temporary)
 
 
-def read_file(path):
+def read_file(path, kind):
     """Reads what write_file wrote. Only tensors, numbers and strings: no file can run code here."""
     try:
         with zipfile.ZipFile(path) as archive:  # stored uncompressed: parts cannot exceed the whole
             if sum(part.file_size for part in archive.infolist()) > os.path.getsize(path):
-                raise AFLoRAError("its parts claim more bytes than it has")
-        return torch.load(path, map_location="cpu", weights_only=True)
+                raise ValueError("its parts claim more bytes than it has")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content["format"] != kind:
+            raise ValueError(f"it is no {kind}")
+        return content
     except Exception as error:  # whatever it is, it is the file's
         raise AFLoRAError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
@@ -450,18 +443,15 @@ def saved_values(model):
 def save_adapter(model, path):
     """Writes the configuration, modules_to_save and every adapter value that has left its start.
 
-    For what has not, the untrained random matrices above all, a checksum stands: the seed is in the
-    configuration. Raises AFLoRAError for a model without adapters.
+    For the others, the untrained matrices above all, the configuration's seed stands, and a checksum.
     """
     if not hasattr(model, "adapter_config"):
         raise AFLoRAError("this model has no adapters: add_adapters(model, ...) first")
-    values = saved_values(model)
-    at_start = {}
-    for name, layer in adapters_of(model).items():
-        for key in KEYS:
-            start, value = layer.start(key), values[f"{name}.{key}"].cpu()
-            if torch.equal(value, start.to(value.dtype)):
-                at_start[f"{name}.{key}"] = checksum(start)
+    values, at_start = saved_values(model), {}
+    for (name, layer), key in itertools.product(adapters_of(model).items(), KEYS):
+        start, value = layer.start(key), values[f"{name}.{key}"].cpu()
+        if torch.equal(value, start.to(value.dtype)):
+            at_start[f"{name}.{key}"] = checksum(start)
     learned = {name: value.cpu().clone() for name, value in values.items() if name not in at_start}
     shapes = {name: list(value.shape) for name, value in values.items()}
     write_file(path, dict(format=ADAPTER_FORMAT, config=model.adapter_config, shapes=shapes,
@@ -472,11 +462,9 @@ def load_adapter(model, path):
     """Loads a file of save_adapter into the plain base model, or into one with the same adapters.
 
     Returns {name: AFLoRALinear}. Raises AFLoRAError, saying what differs, for a file of another
-    model, rank or target set, and for a regrown matrix unlike its checksum; no value has changed then.
+    model, rank or target set or a regrown matrix unlike its checksum; no value has changed then.
     """
-    content = read_file(path)
-    if not isinstance(content, dict) or content.get("format") != ADAPTER_FORMAT:
-        raise AFLoRAError(f"{path} is not an adapter file of this program")
+    content = read_file(path, ADAPTER_FORMAT)
     config, learned = content["config"], content["learned"]
     if not hasattr(model, "adapter_config"):
         add_adapters(model, **config)
@@ -485,13 +473,13 @@ def load_adapter(model, path):
     there = config | content["shapes"]
     for key in here | there:
         if here.get(key) != there.get(key):
-            raise AFLoRAError(f"{path} does not fit this model: {key} is {there.get(key)} in the file, "
+            raise AFLoRAError(f"{path} does not fit this model: {key} is {there.get(key)} there, "
                               f"{here.get(key)} here")
     for name, expected in content["at_start"].items():
         module, _, key = name.rpartition(".")
         learned[name] = layers[module].start(key)
         if checksum(learned[name]) != expected:
-            raise AFLoRAError(f"{path}: {name}, regrown from seed {config['seed']}, is not as saved")
+            raise AFLoRAError(f"{path}: {name}, regrown from its seed, is not as it was saved")
     if any(layer.merged for layer in layers.values()):
         raise AFLoRAError("these adapters are merged: unmerge_adapters(model) before loading")
     for name, value in values.items():
@@ -503,8 +491,6 @@ def load_adapter(model, path):
 
 COMPUTE_TYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 LOG_EVERY = 10  # steps between two transfers of the loss from the device
-LINE = "loss {loss:.3f}  lr {lr:.1e}  {examples_per_second:.0f} examples/s"
-FROZEN = "  frozen {frozen}/{matrices} (scheduled {scheduled:.2f})"
 
 
 @contextlib.contextmanager
@@ -534,7 +520,7 @@ def to_device(batch, device):
 
 
 def make_optimizer(model, lr, head_lr, weight_decay):
-    """AdamW over what trains: modules_to_save at head_lr; no decay on vectors and biases (1-dim)."""
+    """AdamW over what trains: modules_to_save at head_lr; vectors and biases do not decay."""
     saved = getattr(model, "adapter_config", {}).get("modules_to_save", ())
     head = {p for name in saved for p in model.get_submodule(name).parameters()}
     groups = {}
@@ -556,7 +542,7 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
     batches: callable, epoch -> sized iterable of batches: tensors in tuples, lists or dicts.
     loss: callable, (model, batch) -> scalar mean. evaluate: callable, model -> {metric: float}.
     lr, head_lr: peak learning rates of the adapters and of modules_to_save; linear warm-up over the
-    share `warmup` of all steps, then linear decay. clip: maximal gradient norm.
+    share `warmup` of all steps, then linear decay to 0. clip: maximal gradient norm.
     precision: "fp32", "bf16" (autocast) or "fp16" (autocast and GradScaler).
     accumulate: micro-batches per optimizer step, equally weighted.
     on_log(dict): each logged line, every 10 steps and at the freezer's looks; only there does the
@@ -586,31 +572,32 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
     steps_per_epoch = math.ceil(len(batches(0)) / accumulate)
     total = epochs * steps_per_epoch
     if freezer and freezer.schedule["total_steps"] != total:
-        raise AFLoRAError(f"the freezer counts on {freezer.schedule['total_steps']} steps, but {epochs} "
-                          f"epochs of {steps_per_epoch} steps are {total}")
+        raise AFLoRAError(f"{epochs} epochs of {steps_per_epoch} steps are {total}; the freezer was "
+                          f"made for {freezer.schedule['total_steps']}")
     optimizer = make_optimizer(model, lr, head_lr, weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     autocast = torch.autocast(device.type, COMPUTE_TYPES[precision], enabled=precision != "fp32")
-    attempted, skipped, seconds, window, history = 0, 0, 0.0, [], []
+    attempted, skipped, logged, seconds, history = 0, 0, 0, 0.0, []
+    sums = torch.zeros(2, device=device)  # since the last logged line: losses, skipped steps
 
-    with frozen_weights_in(model, COMPUTE_TYPES[precision]), tqdm(total=total, unit="step", mininterval=1) as bar:
-        for epoch in range(1, epochs + 1):
+    with (frozen_weights_in(model, COMPUTE_TYPES[precision]),
+          tqdm(total=total, unit="step", mininterval=1) as bar):
+        for epoch in range(epochs):
             model.train()
-            began, examples, losses = time.perf_counter(), 0, []
-            waiting = iter(batches(epoch - 1))
+            began, examples, epoch_loss = time.perf_counter(), 0, 0.0
+            waiting = iter(batches(epoch))
             while micro_batches := list(itertools.islice(waiting, accumulate)):
                 step = attempted - skipped  # completed so far, as far as the host knows
                 factor = min((step + 1) / (warmup * total + 1), (1 - step / total) / (1 - warmup))
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * factor
-                step_loss = torch.zeros((), device=device)
                 for batch in micro_batches:
                     examples += len(tree_leaves(batch)[0])
                     with autocast:
                         batch_loss = loss(model, to_device(batch, device)) / len(micro_batches)
                     scaler.scale(batch_loss).backward()
-                    step_loss += batch_loss.detach()
-                live = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+                    sums[0] += batch_loss.detach()
+                live = [p for p in model.parameters() if p.grad is not None]
                 if on_gradients:
                     on_gradients(live)
                 scaler.unscale_(optimizer)
@@ -619,44 +606,42 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
                 if freezer:
                     freezer.update(found_inf)
                 torch.nn.utils.clip_grads_with_norm_(live, clip, norm)
-                optimizer.found_inf = found_inf.float()  # skip the step if so; the scaler agrees
+                optimizer.found_inf = found_inf.float()  # AdamW skips the step; the scaler agrees
                 scaler.step(optimizer)
                 scaler.update()
-                window.append(torch.stack([step_loss, found_inf.float()]))
+                sums[1] += found_inf
                 attempted, step = attempted + 1, step + 1
                 bar.update()
-                ends = attempted % steps_per_epoch == 0
-                if ends or step % LOG_EVERY == 0 or (freezer and freezer.is_look(step)):
-                    # One transfer: the losses, and which steps were skipped; `step` is exact again.
-                    recent = torch.stack(window).tolist()
-                    window = []
-                    losses += [value for value, _ in recent]
-                    bad = sum(inf for _, inf in recent)
-                    if not math.isfinite(sum(losses)) or (bad and precision != "fp16"):
-                        raise AFLoRAError(f"a loss or gradient that is not finite, at most {len(recent)} "
-                                          f"steps before step {step}, learning rate {lr * factor:.1e}: "
-                                          "lower lr or clip")
-                    skipped += int(bad)
-                    step = attempted - skipped
-                    line = dict(epoch=epoch, step=step, loss=sum(v for v, _ in recent) / len(recent),
+                epoch_ends = attempted % steps_per_epoch == 0
+                if epoch_ends or step % LOG_EVERY == 0 or (freezer and step in freezer.looks):
+                    # One transfer tells the losses and the skipped steps: `step` is exact again.
+                    losses, skips = sums.tolist()
+                    sums.zero_()
+                    if not math.isfinite(losses) or (skips and precision != "fp16"):
+                        raise AFLoRAError(f"a loss or gradient is not finite, shortly before step {step}, "
+                                          f"at learning rate {lr * factor:.1e}: lower lr, or clip")
+                    skipped, epoch_loss = skipped + int(skips), epoch_loss + losses
+                    step, since, logged = attempted - skipped, attempted - logged, attempted
+                    line = dict(epoch=epoch + 1, step=step, loss=losses / since,
                                 lr=lr * factor, skipped=skipped,
                                 examples_per_second=examples / (time.perf_counter() - began))
+                    shown = "loss {loss:.3f}  lr {lr:.1e}  {examples_per_second:.0f} examples/s"
                     if freezer:
                         freezer.freeze(step, optimizer)
                         line |= dict(frozen=len(freezer.frozen_at), matrices=len(freezer.matrices),
                                      scheduled=freezer.shares()[0])
-                    bar.set_postfix_str((LINE + FROZEN if freezer else LINE).format(**line), refresh=False)
+                        shown += "  frozen {frozen}/{matrices} (scheduled {scheduled:.2f})"
+                    bar.set_postfix_str(shown.format(**line), refresh=False)
                     if on_log:
                         on_log(line)
                 optimizer.zero_grad(set_to_none=True)
             seconds += time.perf_counter() - began
-            history.append(dict(epoch=epoch, step=step, loss=sum(losses) / len(losses)))
+            history.append(dict(epoch=epoch + 1, step=step, loss=epoch_loss / steps_per_epoch))
             if evaluate:
                 model.eval()
                 with torch.no_grad(), autocast:
                     history[-1] |= evaluate(model)
-            bar.write("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}"
-                                for k, v in history[-1].items()))
+            bar.write("  ".join(f"{key} {value:.4g}" for key, value in history[-1].items()))
     return dict(history=history, steps=step, skipped=skipped, seconds=seconds)
 
 
@@ -678,16 +663,17 @@ def demo(steps=300, t_i=50, t_f=100, watched="2.lora_B"):
         loss = F.mse_loss(student(x), teacher(x).detach())
         loss.backward()
         freezer.update()
-        numbers = []
-        if (matrix := freezer.live.get(watched)) is not None:
-            I = sensitivity(matrix.detach(), matrix.grad).flatten()
-            Ibar, Ubar = (freezer.split(flat)[watched] for flat in (freezer.Ibar, freezer.Ubar))
-            numbers = [I, Ibar, (I - Ibar).abs(), Ubar, Ibar * Ubar]
+        means = " " * 48
+        if watched in freezer.live:
+            matrix = freezer.live[watched].detach()
+            I = sensitivity(matrix, freezer.live[watched].grad).flatten()
+            Ibar, Ubar = freezer.split(freezer.Ibar)[watched], freezer.split(freezer.Ubar)[watched]
+            means = "  ".join(f"{part.mean():.2e}" for part in
+                              (I, Ibar, (I - Ibar).abs(), Ubar, Ibar * Ubar))
         optimizer.step()
         frozen = freezer.freeze(step, optimizer)
         optimizer.zero_grad(set_to_none=True)
-        if frozen or (numbers and freezer.is_look(step)):
-            means = "  ".join(f"{n.mean():.2e}" for n in numbers) or " " * 48
+        if frozen or (step in freezer.looks and freezer.live):
             print(f"{step:4}  {loss:.4f}  {means}  {freezer.shares()[0]:.3f}  {', '.join(frozen)}")
     start = sum(p.numel() for p in freezer.matrices.values()) + freezer.vector_parameters
     print(f"\nfrozen after step: {freezer.frozen_at}\ntrainable parameters: {start} at the start, "

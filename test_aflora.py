@@ -1,0 +1,697 @@
+"""Tests: every claim against something independent (a dense reference, autograd, a number worked out
+by hand, Hugging Face's own code). Run: python -m pytest -q test_aflora.py. No network, no GPU needed."""
+
+import copy
+import hashlib
+import math
+import os
+import warnings
+
+os.environ["TQDM_DISABLE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import aflora
+from aflora import (AdaptiveFreezer, AFLoRAError, AFLoRALinear, add_adapters, freezing_fraction,
+                    load_adapter, merge_adapters, save_adapter, sensitivity, train,
+                    unmerge_adapters)
+
+torch.set_num_threads(2)
+
+
+def perturb(*modules):
+    """Moves every adapter parameter away from its start, so that nothing is hidden by a zero."""
+    generator = torch.Generator().manual_seed(1)
+    for module in modules:
+        for layer in aflora.adapters_of(module).values():
+            for p in layer.parameters(recurse=False):
+                p.data += 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+
+
+class Net(nn.Module):
+    """A small model with the names of a transformer: two blocks and a head."""
+
+    def __init__(self, width=8, depth=2, classes=2):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict(dict(
+            query=nn.Linear(width, width), up=nn.Linear(width, 3 * width),
+            down=nn.Linear(3 * width, width), norm=nn.LayerNorm(width))) for _ in range(depth))
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block["norm"](x + torch.tanh(block["query"](x)))
+            x = x + block["down"](F.gelu(block["up"](x)))
+        return self.head(x)
+
+
+def adapted(seed=0, targets=("query", "up", "down"), **options):
+    torch.manual_seed(seed)
+    model = Net()
+    return model, add_adapters(model, targets, modules_to_save=["head"], **options)
+
+
+def data(batches=8, size=16, width=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batches, size, width, generator=generator)
+    return list(zip(x, (x[..., 0] * x[..., 1] > 0).long()))
+
+
+def loss_of(model, batch):
+    return F.cross_entropy(model(batch[0]).float(), batch[1])
+
+
+def run(model, layers, epochs=10, t_i=0.1, t_f=0.3, batches=None, freezer=None, **options):
+    """train() with a freezer whose t_i and t_f are shares of all steps."""
+    batches = batches or data()
+    total = epochs * math.ceil(len(batches) / options.get("accumulate", 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        freezer = freezer or AdaptiveFreezer(layers, total, round(t_i * total), round(t_f * total))
+    report = train(model, lambda epoch: batches, loss_of, epochs=epochs, lr=1e-2, freezer=freezer,
+                   weight_decay=0.1, **options)
+    return freezer, report
+
+
+# ------------------------------------------------------------------------------ the layer, (1)
+
+@pytest.mark.parametrize("rank, trained", [(4, "AB"), (4, "A"), (4, ""), (100, "AB"), (100, "")])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3), (2, 1, 3)])
+def test_forward_and_every_gradient_equal_the_dense_formula(rank, trained, bias, leading):
+    """Both forms of the layer compute y = (W0 + diag(s_b) B diag(s_d) A) x + b and its gradients."""
+    torch.manual_seed(0)
+    layer = AFLoRALinear(nn.Linear(6, 10, bias=bias, dtype=torch.float64), rank)
+    for key, p in layer.named_parameters(recurse=False):
+        p.data = torch.randn_like(p)
+        p.requires_grad_(key[0] == "s" or key[-1] in trained)
+    x, dense_x = (torch.randn(*leading, 6, dtype=torch.float64).requires_grad_() for _ in range(2))
+    dense_x.data = x.data
+    dense = {k: p.detach().clone().requires_grad_() for k, p in layer.named_parameters()}
+    W = (dense["base.weight"] +
+         dense["s_b"].diag() @ dense["lora_B"] @ dense["s_d"].diag() @ dense["lora_A"])
+    expected = F.linear(dense_x, W, dense.get("base.bias"))
+    y = layer(x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(layer.delta_weight(), W - dense["base.weight"])
+    g = torch.randn_like(y)
+    y.backward(g)
+    expected.backward(g)
+    torch.testing.assert_close(x.grad, dense_x.grad)
+    for key, p in layer.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, dense[key].grad, msg=key)
+
+
+@pytest.mark.parametrize("method", ["aflora", "lora", "elora"])
+def test_the_adapted_model_starts_as_the_plain_one(method):
+    """Wrapping changes no output bit: s_b (LoRA: B) is zero at first."""
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(3, 5, 8)
+    plain = model(x)
+    add_adapters(model, ["query", "up", "down"], method=method, rank=100 if method == "elora" else 4)
+    assert torch.equal(model(x), plain)
+
+
+def test_starts_are_those_of_the_paper():
+    """A, B: Kaiming uniform with fan_in the columns (a = 0; LoRA: sqrt 5); s_d = 0.1, s_b = 0."""
+    base = nn.Linear(300, 500)
+    layer = AFLoRALinear(base, 4, name="x")
+    for matrix, fan_in in ((layer.lora_A, 300), (layer.lora_B, 4)):
+        bound = math.sqrt(6 / fan_in)
+        assert matrix.abs().max() <= bound and matrix.abs().max() > 0.98 * bound
+        assert abs(matrix.std().item() / (bound / math.sqrt(3)) - 1) < 0.06
+    assert layer.s_d.eq(0.1).all() and layer.s_b.eq(0).all()
+    lora = AFLoRALinear(base, 8, "lora", alpha=16, name="x")
+    assert 0.98 < lora.lora_A.abs().max() * math.sqrt(300) <= 1  # 1 / sqrt(fan_in)
+    assert lora.lora_B.eq(0).all() and lora.s_d.eq(2).all() and lora.s_b.eq(1).all()
+    assert {k for k, p in lora.named_parameters(recurse=False) if p.requires_grad} == {"lora_A", "lora_B"}
+
+
+def test_random_starts_come_from_the_seed_and_the_name():
+    """The same seed and name give the same matrix, other ones another; numpy's own stream gives it."""
+    start = aflora.kaiming_uniform("0/layer/lora_A", (4, 6))
+    assert torch.equal(start, aflora.kaiming_uniform("0/layer/lora_A", (4, 6)))
+    assert not torch.equal(start, aflora.kaiming_uniform("1/layer/lora_A", (4, 6)))
+    seed = int.from_bytes(hashlib.sha256(b"0/layer/lora_A").digest()[:4], "little")
+    expected = np.random.RandomState(seed).uniform(-1, 1, (4, 6)).astype(np.float32)  # sqrt(6 / 6)
+    assert np.array_equal(start.numpy(), expected)
+    assert start[0, 0] == np.float32(-0.35978946)  # so that a change of the recipe is noticed
+
+
+def test_elora_shares_one_frozen_pair_per_shape():
+    """ELoRA: layers of one shape hold the very same A and B; only the vectors train."""
+    model, layers = adapted(method="elora", rank=16)
+    first, second = (layers[f"blocks.{i}.up"] for i in range(2))
+    assert first.lora_A is second.lora_A and first.lora_B is second.lora_B
+    assert first.lora_A is not layers["blocks.0.down"].lora_A
+    trained = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"s_d", "s_b", "weight", "bias"}  # the latter: the head's
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_base_and_autocast(dtype):
+    """A half-precision base without autocast, and a float32 one with it, agree with float32."""
+    model, _ = adapted()
+    perturb(model)
+    x, half = torch.randn(4, 7, 8), copy.deepcopy(model)
+    for module in half.modules():
+        if isinstance(module, (nn.Linear, nn.LayerNorm)):
+            module.to(dtype)
+    with torch.autocast("cpu", dtype):
+        mixed = model(x)
+    assert half(x.to(dtype)).dtype == dtype and half.blocks[0]["up"].lora_A.dtype == torch.float32
+    for y in (mixed, half(x.to(dtype))):
+        assert (y.float() - model(x)).norm() < 0.03 * model(x).norm()
+
+
+def saved_bytes(layer, x, sizes):
+    """Bytes that autograd keeps of tensors with a number of elements in `sizes`."""
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(x)
+    del y
+    return sum(t.nbytes for t in kept if t.numel() in sizes)
+
+
+def test_activations_are_saved_only_while_they_are_needed():
+    """No tokens x out tensor is kept for s_b, and x itself only as long as A trains."""
+    layer, x = AFLoRALinear(nn.Linear(50, 70).requires_grad_(False)), torch.randn(90, 50).requires_grad_()
+    perturb(layer)
+    wide, input_ = {90 * 70}, {90 * 50}
+    assert saved_bytes(layer, x, wide) == 0 and saved_bytes(layer, x, input_) == x.nbytes
+    layer.lora_A.requires_grad_(False)
+    assert saved_bytes(layer, x, wide | input_) == 0
+    def naive(x):
+        h = F.linear(x, layer.lora_A) * layer.s_d
+        return layer.base(x) + layer.s_b * F.linear(h, layer.lora_B)
+    assert saved_bytes(naive, x, wide) == 90 * 70 * 4  # what the folding saves
+
+
+# ------------------------------------------------------------------------- adapters into a model
+
+def test_targets_are_whole_names():
+    """Suffixes begin at a dot, a string is one regular expression, all else is frozen but the head."""
+    model = nn.ModuleDict(dict(q=nn.Linear(4, 4), sequence=nn.Linear(4, 4), head=nn.Linear(4, 2)))
+    layers = add_adapters(model, ["q"], modules_to_save=["head"])
+    assert list(layers) == ["q"] and type(model["sequence"]) is nn.Linear
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        "q.lora_A", "q.lora_B", "q.s_d", "q.s_b", "head.weight", "head.bias"}
+    assert list(add_adapters(Net(), r"blocks\.0\.(up|down)")) == ["blocks.0.up", "blocks.0.down"]
+    some = add_adapters(Net(), ["query", "up"], train_matrices=["up"])
+    assert [some[f"blocks.0.{n}"].lora_A.requires_grad for n in ("query", "up")] == [False, True]
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(targets=["quary"]), ["quary", "blocks.*.query"]),
+    (dict(targets=["uery"]), ["uery"]),
+    (dict(targets=["query", "blocks"]), ["blocks"]),
+    (dict(targets=["query"], modules_to_save=["heads"]), ["heads", "head"]),
+    (dict(targets=["query"], train_matrices=["up"]), ["up", "blocks.*.query"]),
+    (dict(targets=["head"], modules_to_save=["head"]), ["head", "choose one"]),
+    (dict(targets=["query"], rank=0), ["rank 0"]),
+    (dict(targets=["query"], method="vera"), ["vera", "elora"]),
+    (dict(targets=["query"], method="lora", train_matrices="none"), ["lora"]),
+    (dict(targets=()), ["nothing would train"])])
+def test_wrong_arguments_are_named_and_change_nothing(options, words):
+    """The message says what is wrong and what there is; the model is as it was."""
+    model = Net()
+    with pytest.raises(AFLoRAError) as error:
+        add_adapters(model, **options)
+    assert all(word in str(error.value) for word in words), error.value
+    assert not aflora.adapters_of(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_modules_that_are_never_called_are_refused():
+    """out_proj of nn.MultiheadAttention is a Linear whose forward never runs; nor is adapting twice."""
+    with pytest.raises(AFLoRAError, match="out_proj.*never calls"):
+        add_adapters(nn.ModuleDict(dict(a=nn.MultiheadAttention(8, 2))), ["out_proj"])
+    with pytest.raises(AFLoRAError, match="never calls"):
+        add_adapters(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 1), ["linear1"])
+    model, _ = adapted()
+    with pytest.raises(AFLoRAError, match="already"):
+        add_adapters(model, ["query"])
+
+
+def test_merging_is_idempotent_and_unmerging_exact():
+    """Merged thrice = once = the adapter's own output; unmerged = the very bits; no training."""
+    model, layers = adapted()
+    perturb(model)
+    weights = {n: layer.base.weight.clone() for n, layer in layers.items()}
+    x = torch.randn(4, 8)
+    apart = model(x)
+    merge_adapters(model)
+    once = {n: layer.base.weight.clone() for n, layer in layers.items()}
+    merge_adapters(model)
+    merge_adapters(model)
+    assert all(torch.equal(layer.base.weight, once[n]) for n, layer in layers.items())
+    torch.testing.assert_close(model.eval()(x), apart)
+    with pytest.raises(AFLoRAError, match="unmerge"):
+        model.train()(x)
+    for _ in range(100):
+        unmerge_adapters(model)
+        assert all(torch.equal(layer.base.weight, weights[n]) for n, layer in layers.items())
+        merge_adapters(model)
+    unmerge_adapters(model)
+    assert torch.equal(model(x), apart)
+
+
+def test_merging_goes_into_the_loaded_weight_not_the_training_copy():
+    """Inside train() the base is bfloat16; merging there still starts from the float32 values."""
+    model, layers = adapted()
+    perturb(model)
+    layer = layers["blocks.0.up"]
+    expected = layer.base.weight + layer.delta_weight()
+    loaded = layer.base.weight.clone()
+    with aflora.frozen_weights_in(model, torch.bfloat16):
+        assert layer.base.weight.dtype == torch.bfloat16 and model.head.weight.dtype == torch.float32
+        layer.merge()
+        assert torch.equal(layer.base.weight, expected)
+        layer.unmerge()
+    assert torch.equal(layer.base.weight, loaded) and not hasattr(layer.base.weight, "loaded")
+
+
+# ------------------------------------------------------------ score (2)-(5) and schedule (6)
+
+def test_sensitivity_is_what_it_says():
+    """The three kinds by hand; the default is |w * grad|, an unknown one is an error."""
+    w, g = torch.tensor([2.0, -3.0]), torch.tensor([-0.5, 4.0])
+    assert sensitivity(w, g).tolist() == [1.0, 12.0]
+    assert sensitivity(w, g, "gradient").tolist() == [0.5, 4.0]
+    assert sensitivity(w, g, "weight").tolist() == [2.0, 3.0]
+    with pytest.raises(AFLoRAError, match="gradient-weight"):
+        sensitivity(w, g, "hessian")
+
+
+def test_three_steps_of_the_score_by_hand():
+    """Equations (2)-(5), b1 = 0.85, b2 = 0.95, for one matrix of two values, written out."""
+    layer = AFLoRALinear(nn.Linear(2, 1), rank=1, name="x")
+    layer.lora_A.data = torch.tensor([[2.0, -1.0]])
+    layer.lora_B.requires_grad_(False)
+    freezer = AdaptiveFreezer({"x": layer}, 1000, 0, 0)
+    for g in ([1.0, 3.0], [0.5, -2.0], [-2.0, 0.0]):
+        layer.lora_A.grad = torch.tensor([g])
+        freezer.update()
+    # element 0: I = 2, 1, 4
+    #   Ibar = 0.15 * 2 = 0.3; 0.85 * 0.3 + 0.15 * 1 = 0.405; 0.85 * 0.405 + 0.15 * 4 = 0.94425
+    #   U    = 1.7; 0.595; 3.05575
+    #   Ubar = 0.05 * 1.7 = 0.085; 0.95 * 0.085 + 0.05 * 0.595 = 0.1105;
+    #          0.95 * 0.1105 + 0.05 * 3.05575 = 0.2577625
+    # element 1: I = 3, 2, 0
+    #   Ibar = 0.45; 0.6825; 0.580125      U = 2.55; 1.3175; 0.580125
+    #   Ubar = 0.1275; 0.187; 0.20665625
+    torch.testing.assert_close(freezer.Ibar, torch.tensor([0.94425, 0.580125]))
+    torch.testing.assert_close(freezer.Ubar, torch.tensor([0.2577625, 0.20665625]))
+    score = (0.94425 * 0.2577625 + 0.580125 * 0.20665625) / 2
+    assert freezer.scores()["x.lora_A"] == pytest.approx(score, rel=1e-6)
+
+
+def test_the_schedule_at_its_corners():
+    """Equation (6): 0 before t_i, cubic in the ramp, 1 from T - t_f on, never falling."""
+    r = [freezing_fraction(step, 100, 20, 30) for step in range(101)]
+    assert r[0] == r[19] == r[20] == 0 and r[70] == r[71] == r[100] == 1
+    assert r[45] == 1 - 0.5**3 and r[30] == pytest.approx(1 - 0.8**3) and r[69] < 1
+    assert r == sorted(r)
+    assert [freezing_fraction(step, 10, 4, 6) for step in (3, 4, 5)] == [0, 1, 1]  # an empty ramp
+    assert freezing_fraction(0, 10, 0, 10) == 1
+    for t_i, t_f in ((60, 50), (-1, 5), (5, -1)):
+        with pytest.raises(AFLoRAError, match="fit"):
+            freezing_fraction(0, 100, t_i, t_f)
+
+
+# --------------------------------------------------------------------------------- the freezer
+
+def test_short_and_impossible_schedules():
+    """A short ramp warns and says how matrices will freeze; nothing to freeze is an error."""
+    _, layers = adapted()
+    with pytest.warns(UserWarning, match="few large groups"):
+        AdaptiveFreezer(layers, 100, 10, 20)
+    with pytest.warns(UserWarning, match="all at once"):
+        AdaptiveFreezer(layers, 100, 40, 60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AdaptiveFreezer(layers, 200, 50, 50)
+    with pytest.raises(AFLoRAError, match="fit"):
+        AdaptiveFreezer(layers, 100, 60, 50)
+    with pytest.raises(AFLoRAError, match="nothing to freeze"):
+        AdaptiveFreezer(adapted(train_matrices="none")[1], 100, 10, 20)
+
+
+@pytest.mark.parametrize("t_f", [100, 97])
+def test_every_look_freezes_the_lowest_floor_r_n_of_all_matrices(t_f):
+    """Counts and choice at each step of a run against a brute-force selection; T - t_f off the tens."""
+    model, layers = adapted()
+    T, t_i, n = 300, 30, 12
+    freezer = AdaptiveFreezer(layers, T, t_i, t_f)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    Ibar, Ubar, frozen = {}, {}, set()
+    for step in range(1, T + 1):
+        for name, p in freezer.live.items():
+            p.grad = torch.randn(p.shape, generator=generator)
+            I = (p * p.grad).abs().detach()
+            Ibar[name] = 0.85 * Ibar.get(name, 0) + 0.15 * I
+            Ubar[name] = 0.95 * Ubar.get(name, 0) + 0.05 * (I - Ibar[name]).abs()
+        freezer.update()
+        newly = freezer.freeze(step, optimizer)
+        expected = []
+        if step % 10 == 0 or step == T - t_f:
+            k = math.floor(freezing_fraction(step, T, t_i, t_f) * n)
+            scores = {m: (Ibar[m] * Ubar[m]).mean().item() for m in freezer.matrices if m not in frozen}
+            expected = sorted(scores, key=scores.get)[:max(0, k - len(frozen))]
+            frozen |= set(expected)
+            assert len(freezer.frozen_at) == k
+        assert newly == expected
+        assert freezer.shares() == (freezing_fraction(step, T, t_i, t_f), len(frozen) / n)
+    assert freezer.frozen_at.keys() == freezer.matrices.keys() and freezer.Ibar.numel() == 0
+    assert max(freezer.frozen_at.values()) == T - t_f
+    assert set(freezer.frozen_at.values()) <= {*range(40, T, 10), T - t_f}
+
+
+def test_frozen_is_frozen():
+    """A frozen matrix is bit-equal after 100 more AdamW steps with decay; its state is gone."""
+    model, layers = adapted()
+    freezer = AdaptiveFreezer(layers, 400, 20, 200)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5)
+    kept, batches = {}, data()
+    for step in range(1, 401):
+        loss_of(model, batches[step % 8]).backward()
+        freezer.update()
+        optimizer.step()
+        for name in freezer.freeze(step, optimizer):
+            p = freezer.matrices[name]
+            kept[name] = p.detach().clone()
+            assert p.grad is None and not p.requires_grad and p not in optimizer.state
+        optimizer.zero_grad(set_to_none=True)
+    assert len(kept) == 12 and max(freezer.frozen_at.values()) <= 200
+    for name, value in kept.items():
+        p = freezer.matrices[name]
+        assert torch.equal(p, value) and p not in optimizer.state
+        assert any(p is q for q in optimizer.param_groups[0]["params"])  # the group still fits
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_scores():
+    """update() with an inf or a nan changes nothing; a live matrix without a gradient is named."""
+    model, layers = adapted()
+    freezer = AdaptiveFreezer(layers, 200, 10, 20)
+    loss_of(model, data()[0]).backward()
+    freezer.update()
+    before = freezer.Ibar.clone(), freezer.Ubar.clone()
+    for bad in (float("inf"), float("nan")):
+        layers["blocks.0.up"].lora_A.grad[0, 0] = bad
+        freezer.update()
+        assert torch.equal(freezer.Ibar, before[0]) and torch.equal(freezer.Ubar, before[1])
+    layers["blocks.0.up"].lora_A.grad = None
+    with pytest.raises(AFLoRAError, match="blocks.0.up.lora_A"):
+        freezer.update()
+
+
+def test_average_trainable_is_exact():
+    """The average equals the trainable parameters counted at every single step of a run."""
+    model, layers = adapted()
+    counted = []
+    freezer, report = run(model, layers, epochs=20, on_gradients=lambda parameters: counted.append(
+        sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "head" not in n)))
+    assert report["steps"] == len(counted) == 160 and len(set(counted)) > 5
+    assert freezer.average_trainable() == pytest.approx(sum(counted) / 160, rel=1e-12)
+
+
+def test_parameter_counts_of_the_paper():
+    """DeBERTaV3-base shapes, r = 4, FFN matrices trained: 451,872 at first, 83,232 at the end."""
+    with torch.device("meta"):
+        def block():
+            return nn.ModuleDict(dict({n: nn.Linear(768, 768) for n in "qkvo"},
+                                      up=nn.Linear(768, 3072), down=nn.Linear(3072, 768)))
+        model, lora = (nn.ModuleList(block() for _ in range(12)) for _ in range(2))
+    count = lambda model: sum(p.numel() for p in model.parameters() if p.requires_grad)
+    layers = add_adapters(model, [*"qkvo", "up", "down"], rank=4, train_matrices=["up", "down"])
+    freezer = AdaptiveFreezer(layers, 20000, 1000, 14000)
+    assert count(model) == 451_872
+    optimizer = torch.optim.AdamW(model.parameters())
+    freezer.scores = lambda: {name: i for i, name in enumerate(freezer.live)}
+    for step in range(1, 20001):
+        freezer.freeze(step, optimizer)
+    assert count(model) == 83_232 and 118_000 < freezer.average_trainable() < 147_000
+    add_adapters(lora, [*"qkvo", "up", "down"], rank=8, method="lora")
+    assert count(lora) == 1_327_104
+
+
+def test_freezer_state_resumes():
+    """A freezer and model rebuilt from state_dict() in mid-run go on to the same freezing steps."""
+    def half(model, layers, freezer, steps):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for step in steps:
+            loss_of(model, data()[step % 8]).backward()
+            freezer.update()
+            freezer.freeze(step, optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        return optimizer
+    whole, first, second = ((*adapted(), ) for _ in range(3))
+    freezers = [AdaptiveFreezer(layers, 200, 20, 50) for _, layers in (whole, first, second)]
+    half(*whole, freezers[0], range(1, 201))
+    half(*first, freezers[1], range(1, 91))
+    state = copy.deepcopy(freezers[1].state_dict())
+    freezers[2].load_state_dict(state, torch.optim.AdamW(second[0].parameters()))
+    half(*second, freezers[2], range(91, 201))
+    assert freezers[2].frozen_at == freezers[0].frozen_at
+    assert freezers[2].average_trainable() == freezers[0].average_trainable()
+    with pytest.raises(AFLoRAError, match="another run"):
+        AdaptiveFreezer(adapted()[1], 300, 20, 50).load_state_dict(state, None)
+
+
+# ------------------------------------------------------------------------------- adapter files
+
+@pytest.mark.parametrize("method", ["aflora", "lora", "elora"])
+def test_adapter_file_round_trip(tmp_path, method):
+    """A trained adapter in a fresh base model, head included, gives the very same output bits."""
+    model, layers = adapted(method=method, rank=6, **({"train_matrices": ["up"]} if method == "aflora" else {}))
+    train(model, lambda epoch: data(), loss_of, epochs=2, lr=1e-2)
+    save_adapter(model, tmp_path / "a.pt")
+    for fresh in (Net(), adapted(method=method, rank=6, **(
+            {"train_matrices": ["up"]} if method == "aflora" else {}))[0]):
+        for name, p in fresh.named_parameters():  # the same pre-trained weights
+            if name in dict(model.named_parameters()):
+                p.data.copy_(model.get_parameter(name))
+            elif name.replace(".weight", ".base.weight").replace(".bias", ".base.bias") in dict(model.named_parameters()):
+                p.data.copy_(model.get_parameter(name.replace(".weight", ".base.weight").replace(".bias", ".base.bias")))
+        fresh.head.reset_parameters()
+        load_adapter(fresh, tmp_path / "a.pt")
+        x = torch.randn(5, 8)
+        assert torch.equal(fresh(x), model(x))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_random_matrices_are_stored_as_a_seed(tmp_path):
+    """Attention matrices that never trained are not in the file; their checksum guards the seed."""
+    model, _ = adapted(train_matrices=["up", "down"])
+    train(model, lambda epoch: data(), loss_of, epochs=1, lr=1e-2)
+    save_adapter(model, path := tmp_path / "a.pt")
+    content = torch.load(path, weights_only=True)
+    assert {n for n in content["at_start"]} == {
+        f"blocks.{i}.query.lora_{m}" for i in range(2) for m in "AB"}
+    assert "blocks.0.up.lora_A" in content["learned"] and "head.bias" in content["learned"]
+    content["at_start"]["blocks.1.query.lora_B"] = "0" * 64
+    torch.save(content, path)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(AFLoRAError, match="blocks.1.query.lora_B.*regrown"):
+        load_adapter(model, path)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+def test_files_for_another_model_say_what_differs(tmp_path):
+    """Rank, targets, seed, depth, width or head of another model: refused by name."""
+    save_adapter(adapted()[0], path := tmp_path / "a.pt")
+    with pytest.raises(AFLoRAError, match="rank is 4 there, 8 here"):
+        load_adapter(adapted(rank=8)[0], path)
+    with pytest.raises(AFLoRAError, match="targets"):
+        load_adapter(adapted(targets=["query"])[0], path)
+    with pytest.raises(AFLoRAError, match="seed is 0 there, 3 here"):
+        torch.manual_seed(0)
+        other = Net()
+        add_adapters(other, ("query", "up", "down"), modules_to_save=["head"], seed=3)
+        load_adapter(other, path)
+    for other, what in ((Net(depth=3), "blocks.2.query"), (Net(width=4), "query"),
+                        (Net(classes=3), "head.weight"), (nn.Sequential(nn.Linear(2, 2)), "query")):
+        with pytest.raises(AFLoRAError, match=what):
+            load_adapter(other, path)
+    merge_adapters(model := adapted()[0])
+    with pytest.raises(AFLoRAError, match="unmerge"):
+        load_adapter(model, path)
+    with pytest.raises(AFLoRAError, match="add_adapters"):
+        save_adapter(Net(), tmp_path / "b.pt")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, (str(Bomb.marker), "w"))
+
+
+def test_adapter_files_cannot_run_code(tmp_path):
+    """A pickled call is refused before it runs; so are damaged and missing files."""
+    Bomb.marker = tmp_path / "ran"
+    torch.save(dict(format=aflora.ADAPTER_FORMAT, config=Bomb()), path := tmp_path / "a.pt")
+    with pytest.raises(AFLoRAError, match="a.pt"):
+        load_adapter(Net(), path)
+    assert not Bomb.marker.exists()
+    save_adapter(adapted()[0], path)
+    whole = path.read_bytes()
+    for damaged in (b"", b"hello", whole[:len(whole) // 2], whole[:-30]):
+        path.write_bytes(damaged)
+        with pytest.raises(AFLoRAError, match="a.pt"):
+            load_adapter(Net(), path)
+    with pytest.raises(AFLoRAError, match="missing.pt"):
+        load_adapter(Net(), tmp_path / "missing.pt")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    """What cannot be written whole is not written at all, and leaves no temporary file."""
+    aflora.write_file(path := tmp_path / "f", b"old")
+    with pytest.raises(Exception):
+        aflora.write_file(path, lambda: "no pickle of this")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+# --------------------------------------------------------------------------- the training loop
+
+def test_train_equals_a_loop_written_by_hand():
+    """fp32: every weight and freezing step equals a plain loop with clip_grad_norm_ and LambdaLR."""
+    model, layers = adapted()
+    reference, reference_layers = adapted()
+    freezer, report = run(model, layers, clip=0.5, head_lr=3e-3)
+    by_hand = AdaptiveFreezer(reference_layers, 80, 8, 24)
+    groups = {}
+    for name, p in reference.named_parameters():
+        if p.requires_grad:
+            groups.setdefault((3e-3 if "head" in name else 1e-2, 0.1 if p.dim() > 1 else 0), []).append(p)
+    optimizer = torch.optim.AdamW([dict(params=ps, lr=lr, weight_decay=decay)
+                                   for (lr, decay), ps in groups.items()])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(
+        (s + 1) / (0.06 * 80 + 1), (80 - s) / (80 * 0.94)))
+    for step in range(1, 81):
+        loss_of(reference, data()[(step - 1) % 8]).backward()
+        by_hand.update()
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+        optimizer.step()
+        scheduler.step()
+        by_hand.freeze(step, optimizer)
+        optimizer.zero_grad()
+    assert freezer.frozen_at == by_hand.frozen_at and report["steps"] == 80
+    for p, q in zip(model.parameters(), reference.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_equal_one_big_batch():
+    """Four micro-batches give the scores, freezing steps and weights of their union."""
+    small = data(batches=32, size=4)
+    big = [(torch.cat([x for x, _ in small[i:i + 4]]), torch.cat([y for _, y in small[i:i + 4]]))
+           for i in range(0, 32, 4)]
+    results = []
+    for batches, accumulate in ((small, 4), (big, 1)):
+        model, layers = adapted()
+        total = 8
+        freezer = AdaptiveFreezer(layers, total, 2, 2, interval=2)
+        run(model, layers, epochs=1, batches=batches, freezer=freezer, accumulate=accumulate)
+        results.append((freezer.frozen_at, [p.detach() for p in model.parameters()]))
+    assert results[0][0] == results[1][0] and len(results[0][0]) == 12
+    for p, q in zip(results[0][1], results[1][1]):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_precision_learns(precision):
+    """The loss falls, the head and vectors move, frozen base weights come back as they were."""
+    model, layers = adapted()
+    before = copy.deepcopy(model.state_dict())
+    lines = []
+    freezer, report = run(model, layers, epochs=20, precision=precision, on_log=lines.append,
+                          evaluate=lambda model: dict(dev_loss=loss_of(model, data()[0]).item()))
+    assert report["history"][-1]["loss"] < 0.8 * report["history"][0]["loss"]
+    assert report["history"][-1]["dev_loss"] < report["history"][0]["dev_loss"]
+    assert len(freezer.frozen_at) == 12 and len(report["history"]) == 20
+    assert report["steps"] + report["skipped"] == 160
+    for name, value in model.state_dict().items():
+        if "base" in name or "norm" in name:
+            assert torch.equal(value, before[name]) and value.dtype == torch.float32
+        elif "lora" not in name:
+            assert not torch.equal(value, before[name])
+    steps = [line["step"] for line in lines]
+    assert set(range(10, 160, 10)) <= set(steps)
+    assert all(line["frozen"] == math.floor(line["scheduled"] * 12) for line in lines
+               if line["step"] in freezer.looks)
+
+
+def test_an_overflowed_fp16_step_changes_nothing_and_is_not_counted():
+    """The scaler halves its scale until the gradients fit; scores, weights, state wait, steps count."""
+    model, layers = adapted()
+    freezer = AdaptiveFreezer(layers, 16, 2, 4, interval=2)
+    seen = []
+
+    def loss(model, batch):  # the first three steps overflow in float16 at any scale
+        factor = 1e30 if len(seen) < 3 else 1.0
+        return loss_of(model, batch) * factor
+
+    def spy(parameters):
+        seen.append((freezer.Ibar.clone(), [p.detach().clone() for p in model.parameters()]))
+    report = train(model, lambda epoch: data(), loss, epochs=2, lr=1e-2, freezer=freezer,
+                   precision="fp16", on_gradients=spy)
+    assert report["skipped"] == 3 and report["steps"] == 13
+    for Ibar, weights in seen[1:4]:
+        assert Ibar.eq(0).all() and all(map(torch.equal, weights, seen[0][1]))
+    assert not all(map(torch.equal, seen[4][1], seen[0][1])) and seen[5][0].ne(0).any()
+    assert all(step % 2 == 0 for step in freezer.frozen_at.values()) and len(freezer.frozen_at) == 12
+    with pytest.raises(AFLoRAError, match="not finite.*learning rate"):
+        train(adapted()[0], lambda epoch: data(), lambda m, b: loss_of(m, b) * 1e38 * 1e38, epochs=1, lr=1e-2)
+
+
+def test_bad_steps_in_fp32_stop_the_run_and_spare_the_weights():
+    """A non-finite gradient never reaches the weights, and the error says where and what to do."""
+    model, layers = adapted()
+    before = [p.detach().clone() for p in model.parameters()]
+    def loss(model, batch):
+        return loss_of(model, batch) + torch.where(model.head.weight.sum() > 1e9, 1, 0).sqrt() * model.head.weight.sum() * float("inf")
+    with pytest.raises(AFLoRAError, match="not finite"):
+        train(model, lambda epoch: data(), loss, epochs=1, lr=1e-2)
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.parametrize("options, word", [
+    (dict(precision="fp8"), "fp8"), (dict(epochs=0), "epochs"), (dict(lr=-1.0), "lr"),
+    (dict(accumulate=0), "accumulate"), (dict(clip=0), "clip"), (dict(warmup=1.5), "warmup")])
+def test_wrong_training_arguments(options, word):
+    """Impossible arguments are refused by name before anything runs."""
+    with pytest.raises(AFLoRAError, match=word):
+        train(adapted()[0], lambda epoch: data(), loss_of, **dict(dict(epochs=1, lr=1e-2), **options))
+
+
+def test_train_checks_what_it_is_given():
+    """A freezer for another number of steps, and a model in which nothing trains, are refused."""
+    model, layers = adapted()
+    with pytest.raises(AFLoRAError, match="8"):
+        train(model, lambda epoch: data(), loss_of, epochs=1, lr=1e-2,
+              freezer=AdaptiveFreezer(layers, 500, 10, 20))
+    with pytest.raises(AFLoRAError, match="nothing"):
+        train(Net().requires_grad_(False), lambda epoch: data(), loss_of, epochs=1, lr=1e-2)
+
+
+def test_batches_may_be_dicts():
+    """Nested dicts, tuples and lists of tensors reach the loss as they are."""
+    model, _ = adapted()
+    batches = [dict(inputs=[x], labels=y) for x, y in data()]
+    report = train(model, lambda epoch: batches, lambda model, batch: F.cross_entropy(
+        model(batch["inputs"][0]), batch["labels"]), epochs=1, lr=1e-2)
+    assert report["steps"] == 8
+
+
+def test_the_demonstration_freezes_everything(capsys):
+    """python aflora.py prints the equations' numbers and freezes all four matrices in the ramp."""
+    aflora.demo()
+    out = capsys.readouterr().out
+    assert "(5) s" in out and "'2.lora_A': 200" in out and out.count("0.lora_") >= 2
