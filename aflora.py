@@ -287,8 +287,8 @@ class AdaptiveFreezer:
     @torch.no_grad()
     def update(self, found_inf=None):
         """Takes this step's gradients into the running scores, equations (2)-(4), with no transfer.
-        found_inf: 0-dim bool tensor, true if the optimizer skips this step, then the scores stay; by
-        default, if a gradient here is not finite. AFLoRAError for a matrix without a gradient."""
+        found_inf: 0-dim bool tensor, true where the optimizer skips this step and so do we; default:
+        a gradient here is not finite. Raises AFLoRAError for a matrix without a gradient."""
         if missing := [name for name, p in self.live.items() if p.grad is None]:
             raise AFLoRAError(f"no gradient for {', '.join(missing)}: update() belongs between "
                               "backward() and zero_grad(), and every adapted layer must be in use")

