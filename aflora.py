@@ -443,9 +443,11 @@ def load_adapter(model, path):
         new[name] = layers[module].start(key)
         if hashlib.sha256(new[name].numpy()).hexdigest() != expected:
             raise AFLoRAError(f"{path}: {name}, regrown from its seed, is not as it was saved")
+    with blame(path):
+        pairs = [(value, new[name].reshape(value.shape)) for name, value in values.items()]
     unmerge_adapters(model)
-    for name, value in values.items():
-        value.copy_(new[name])
+    for value, tensor in pairs:
+        value.copy_(tensor)
     return layers
 
 
