@@ -478,8 +478,8 @@ def choose_precision(amp, device):
         return "fp32" if amp == "off" else amp
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    has = torch.cpu.get_capabilities()
-    return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16") else "fp32"
+    flags = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    return "bf16" if re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags) else "fp32"
 
 
 def peak_memory(device):
