@@ -35,6 +35,7 @@ from aflora import (AdaptiveFreezer, AFLoRAError, AFLoRALinear, add_adapters, fr
                     unmerge_adapters)
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+pytestmark = pytest.mark.filterwarnings("ignore:ramp of", "ignore:enable_nested_tensor")
 
 
 def perturb(*modules):
@@ -83,9 +84,7 @@ def run(model, layers, epochs=10, t_i=0.1, t_f=0.3, batches=None, freezer=None, 
     """train() with a freezer whose t_i and t_f are shares of all steps."""
     batches = batches or data()
     total = epochs * math.ceil(len(batches) / options.get("accumulate", 1))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        freezer = freezer or AdaptiveFreezer(layers, total, round(t_i * total), round(t_f * total))
+    freezer = freezer or AdaptiveFreezer(layers, total, round(t_i * total), round(t_f * total))
     report = train(model, lambda epoch: batches, loss_of, epochs=epochs, lr=1e-2, freezer=freezer,
                    weight_decay=0.1, **options)
     return freezer, report
@@ -1133,7 +1132,6 @@ def run_main(folder, flags):
                       "--out", str(folder / "out"), *flags.split()])
 
 
-@pytest.mark.filterwarnings("ignore:.*ramp")
 @pytest.mark.parametrize("method", ["aflora", "lora", "elora", "full", "head"])
 def test_methods(folder, method):
     """Every method runs an epoch and trains exactly what it should."""
@@ -1148,7 +1146,6 @@ def test_methods(folder, method):
     assert result["trainable_end"] == result["trainable_start"] - ffn * (method == "aflora")
 
 
-@pytest.mark.filterwarnings("ignore:.*ramp")
 @pytest.mark.parametrize("flags", [
     "--rank 0", "--t-i 0.9 --t-f 0.9", "--t-i -1", "--data none", "--model none", "--lr 0",
     "--batch-size 0", "--epochs 0", "--limit 0", "--limit -1"])
@@ -1156,6 +1153,24 @@ def test_wrong_flags(folder, capsys, flags):
     """Wrong flags and folders: exit code 2 and one line that says why."""
     assert run_main(folder, flags) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_ctrl_c_saves_what_was_learned(folder, monkeypatch, capsys):
+    """Interrupted after its first epoch, a run exits 130, says what it saved, and that loads."""
+    calls = []
+
+    def predict(*arguments, real=glue.predict):
+        calls.append(arguments)
+        if len(calls) == 3:  # before wrapping, after it, after the first epoch
+            raise KeyboardInterrupt
+        return real(*arguments)
+    monkeypatch.setattr(glue, "predict", predict)
+    with pytest.raises(SystemExit) as stop:
+        run_main(folder, "--epochs 3")
+    assert stop.value.code == 130 and "adapter.pt" in capsys.readouterr().out
+    saved, = folder.rglob("adapter.pt")
+    model = glue.BertClassifier(glue.Bert.load(folder))
+    assert any(layer.s_b.ne(0).any() for layer in load_adapter(model, saved).values())
 
 
 # ---------------------------------------------------------------------------------- the README
@@ -1174,12 +1189,10 @@ def test_the_code_in_the_readme_runs(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert len(blocks) == 2
     names = {"torch": torch, "batches": lambda epoch: data(batches=60), "loss": loss_of}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        for block in blocks:
-            torch.manual_seed(0)
-            names["model"] = Small()
-            exec(block, names)
-            assert len(names["freezer"].frozen_at) == 4
+    for block in blocks:
+        torch.manual_seed(0)
+        names["model"] = Small()
+        exec(block, names)
+        assert len(names["freezer"].frozen_at) == 4
     torch.manual_seed(0)
     assert load_adapter(Small(), "adapter.pt").keys() == {"query", "value"}
