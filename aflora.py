@@ -95,7 +95,7 @@ class AFLoRALinear(nn.Module):
             h = F.linear(tokens, self.lora_A.to(x.dtype)).to(y.dtype)  # (tokens, r)
             if self.rank <= FOLD_UP_TO_RANK or self.lora_B.requires_grad:
                 # Both vectors folded into the thin B: their gradients follow from h^T grad y, where
-                # (1) as written keeps tokens x out values for s_b. (r, out), in place: CPU speed.
+                # (1) as written keeps tokens x out values for s_b. (r, out) in place: for CPUs.
                 folded = (self.s_d[:, None] * self.lora_B.T * self.s_b).contiguous()
                 y = y.addmm_(h, folded.to(y.dtype))
             else:
@@ -376,9 +376,11 @@ def read_file(path, kind):
 
 def saved_values(model):
     """{full name: tensor} of all that an adapter file covers: the adapters and modules_to_save."""
-    names = [f"{name}.{key}" for name in adapters_of(model) for key in KEYS]
-    names += [f"{name}." for name in model.adapter_config["modules_to_save"]]
-    return {n: value for n, value in model.state_dict().items() if n.startswith(tuple(names))}
+    values = {f"{name}.{key}": getattr(layer, key).detach()
+              for name, layer in adapters_of(model).items() for key in KEYS}
+    for name in model.adapter_config["modules_to_save"]:
+        values |= model.get_submodule(name).state_dict(prefix=f"{name}.")
+    return values
 
 
 def save_adapter(model, path):
@@ -486,7 +488,7 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
     steps_per_epoch = math.ceil(len(batches(0)) / accumulate)
     total = epochs * steps_per_epoch
     if freezer and (planned := freezer.schedule["total_steps"]) != total:
-        raise AFLoRAError(f"{epochs} x {steps_per_epoch} = {total} steps, freezer: {planned} steps")
+        raise AFLoRAError(f"{epochs} x {steps_per_epoch} = {total} steps, the freezer: {planned}")
     saved, groups = getattr(model, "adapter_config", {}).get("modules_to_save", ()), {}
     head = {p for name in saved for p in model.get_submodule(name).parameters()}
     for p in (p for p in model.parameters() if p.requires_grad):
