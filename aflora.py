@@ -14,7 +14,7 @@ then freezes the matrices for good, the least important first, until only the ve
           y (tokens, out)                      (1)  Y = W0 X + L_b B L_d A X
 
 For a 384 -> 1,536 layer and r = 4, W0 holds 589,824 values, A 1,536, B 6,144, s_d 4, s_b 1,536.
-`python aflora.py` shows the equations at work. On a model of your own:
+`python aflora.py` shows the equations at work. On your own model:
 
     adapters = add_adapters(model, targets=["query", "value"], modules_to_save=["classifier"])
     freezer = AdaptiveFreezer(adapters, total_steps=1000, t_i=50, t_f=700)
@@ -25,7 +25,7 @@ Papers: AFLoRA, Liu et al. (arXiv 2403.13269); LoRA, Hu et al. (2106.09685); ELo
 VeRA, Kopiczko et al. (2310.11454); PLATON, whose score this is, Zhang et al. (2206.12562).
 """
 
-import contextlib, hashlib, itertools, math, os, re, time, warnings, zipfile
+import contextlib, hashlib, itertools, math, os, pathlib, re, time, warnings, zipfile
 
 import numpy as np
 import torch
@@ -56,11 +56,10 @@ def kaiming_uniform(key, shape, a=0.0):
 class AFLoRALinear(nn.Module):
     """A linear module with the path of equation (1) beside it: x (..., in) -> y (..., out).
 
-    base: any module with in_features and out_features; it is called, so quantised layers work too.
-    lora_A (rank, in), lora_B (out, rank), s_d (rank,), s_b (out,): float32 on any base. seed and
-    name choose the random start. method: "aflora" trains all four, "lora" A and B, scaled by alpha
-    / rank, "elora" the vectors. Raises AFLoRAError for a method or rank that is none.
-    """
+    base has in_features and out_features; it is called, so it may be quantised. Float32 on any
+    base: lora_A (rank, in), lora_B (out, rank), s_d (rank,), s_b (out,); seed and name give their
+    start. method: "aflora" trains all, "lora" A and B, scaled by alpha / rank, "elora" vectors.
+    Raises AFLoRAError for a method or rank that is none."""
 
     def __init__(self, base, rank=4, method="aflora", alpha=16, seed=0, name=""):
         super().__init__()
@@ -70,7 +69,7 @@ class AFLoRALinear(nn.Module):
         self.shape = (base.out_features, base.in_features)
         # ELoRA shares one random pair among all layers of one shape, so the shape seeds it.
         self.seed_key = f"{seed}/{self.shape if method == 'elora' else name}"
-        self.kept_weight = None  # the base's own weight, while merged
+        self.merged, self.kept_weight = False, None  # the base's own weight, while merged
         like = next(base.parameters(), torch.empty(0))
         for key in KEYS:
             start = self.start(key).to(like.device, torch.promote_types(like.dtype, torch.float32))
@@ -79,14 +78,12 @@ class AFLoRALinear(nn.Module):
 
     def start(self, key):
         """The float32 value from which the parameter `key` starts, grown anew on the CPU."""
-        lora, (out_features, in_features) = self.method == "lora", self.shape
-        if key == "s_d":
-            return torch.full((self.rank,), self.alpha / self.rank if lora else 0.1)
-        if key == "s_b":
-            return torch.full((out_features,), 1.0 if lora else 0.0)
-        shape = (self.rank, in_features) if key == "lora_A" else (out_features, self.rank)
-        random = kaiming_uniform(f"{self.seed_key}/{key}", shape, math.sqrt(5) if lora else 0.0)
-        return torch.zeros(shape) if lora and key == "lora_B" else random
+        r, (n_out, n_in), lora = self.rank, self.shape, self.method == "lora"
+        shape = dict(lora_A=(r, n_in), lora_B=(n_out, r), s_d=(r,), s_b=(n_out,))[key]
+        fixed = dict(lora_B=0.0, s_d=self.alpha / r, s_b=1.0) if lora else dict(s_d=0.1, s_b=0.0)
+        if key in fixed:
+            return torch.full(shape, fixed[key])
+        return kaiming_uniform(f"{self.seed_key}/{key}", shape, math.sqrt(5) if lora else 0.0)
 
     def forward(self, x):
         tokens = x.reshape(-1, self.shape[1])  # (tokens, in), whatever stands before
@@ -97,9 +94,8 @@ class AFLoRALinear(nn.Module):
             # (1)  Y = W0 X + L_b B L_d A X
             h = F.linear(tokens, self.lora_A.to(x.dtype)).to(y.dtype)  # (tokens, r)
             if self.rank <= FOLD_UP_TO_RANK or self.lora_B.requires_grad:
-                # With both vectors folded into the thin B, their gradients follow from h^T grad y;
-                # written as in (1), autograd would keep a tokens x out tensor for s_b. (r, out) and
-                # in place: on CPUs the other layout's gradient is slow, and so is a separate sum.
+                # Both vectors folded into the thin B: their gradients follow from h^T grad y, where
+                # (1) as written keeps tokens x out values for s_b. (r, out) in place: for CPUs.
                 folded = (self.s_d[:, None] * self.lora_B.T * self.s_b).contiguous()
                 y = y.addmm_(h, folded.to(y.dtype))
             else:
@@ -111,10 +107,6 @@ class AFLoRALinear(nn.Module):
         """L_b B L_d A, (out, in): what the path adds to the base's weight."""
         return (self.s_b[:, None] * self.lora_B * self.s_d) @ self.lora_A
 
-    @property
-    def merged(self):
-        return self.kept_weight is not None
-
     @torch.no_grad()
     def merge(self):
         """Adds delta_weight() to the weight as loaded; inference then costs no more. Idempotent."""
@@ -123,14 +115,14 @@ class AFLoRALinear(nn.Module):
             raise AFLoRAError(f"{type(self.base).__name__} has no (out, in) weight to merge into")
         if not self.merged:
             loaded = getattr(weight, "loaded", weight.data)  # not train()'s half-precision copy
-            self.kept_weight = weight.data
+            self.merged, self.kept_weight = True, weight.data
             weight.data = (loaded + self.delta_weight()).to(loaded.dtype)
 
     def unmerge(self):
         """Puts the kept weight back bit for bit (subtracting would leave rounding). Idempotent."""
         if self.merged:
             self.base.weight.data = self.kept_weight.to(self.base.weight.device)
-            self.kept_weight = None
+            self.merged, self.kept_weight = False, None
 
 
 # -------------------------------------------------------------------------- adapters into a model
@@ -149,13 +141,10 @@ def find(targets, names, kind):
 def add_adapters(model, targets, rank=4, method="aflora", train_matrices="all",
                  modules_to_save=(), alpha=16, seed=0):
     """Wraps the linear modules that `targets` selects, freezes all else: {name: AFLoRALinear}.
-
     targets: dotted suffixes, or one regular expression on full module names; () adapts nothing.
     train_matrices: whose A and B train ("aflora" only): "all", "none", or targets among the adapted
-        modules. The paper's GLUE runs train the FFN's and leave the attention's at their start.
-    modules_to_save: suffixes of modules that train whole and are saved with the adapter: the head.
-    Raises AFLoRAError, before anything is changed, for what does not fit.
-    """
+    (the paper's GLUE runs: the FFN's). modules_to_save: suffixes of modules that train whole and
+    are saved with the adapter: the head. Raises AFLoRAError, before any change, if one is wrong."""
     modules = {name: module for name, module in model.named_modules() if name}
     linears = [name for name, module in modules.items() if hasattr(module, "in_features")]
     if hasattr(model, "adapter_config"):
@@ -170,8 +159,7 @@ def add_adapters(model, targets, rank=4, method="aflora", train_matrices="all",
     for name in names:
         parent = type(modules.get(name.rpartition(".")[0], model))
         if issubclass(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            raise AFLoRAError(f"{name}: {parent.__name__} reads its weight and never calls it: an "
-                              "adapter there would do nothing, leave it out of targets")
+            raise AFLoRAError(f"{name}: {parent.__name__} never calls it, leave it out of targets")
         if any(f"{name}.".startswith(f"{module}.") for module in saved):
             raise AFLoRAError(f"{name} is among targets and in modules_to_save: choose one")
     layers = {n: AFLoRALinear(modules[n], rank, method, alpha, seed, name=n) for n in names}
@@ -184,8 +172,7 @@ def add_adapters(model, targets, rank=4, method="aflora", train_matrices="all",
             layer.lora_A, layer.lora_B = pairs.setdefault(layer.shape, pair)
         elif name not in trained:
             pair[0].requires_grad_(False), pair[1].requires_grad_(False)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        model.set_submodule(name, layer)
     for name in saved:
         modules[name].requires_grad_(True)
     model.adapter_config = dict(  # what load_adapter needs to do the same to a plain model
@@ -215,14 +202,11 @@ def unmerge_adapters(model):
 # ---------------------------------------------------------- the score (2)-(5) and the schedule (6)
 def sensitivity(weight, grad, kind="gradient-weight"):
     """Raw sensitivity of each element, equation (2); all tensors of one shape."""
-    if kind == "gradient-weight":
-        # (2)  I = |w * grad L|    to first order, how much the loss moves if w is set to zero
+    if kind == "gradient-weight":  # (2)  I = |w * grad L|, about what the loss moves if w becomes 0
         return (weight * grad).abs()
-    if kind == "gradient":
-        # (2)  I = |grad L|        the paper's choice: a large weight at rest may freeze as well
+    if kind == "gradient":  # (2)  I = |grad L|, the paper's: a large weight at rest may freeze, too
         return grad.abs()
-    if kind == "weight":
-        # (2)  I = |w|             in the paper's ablation
+    if kind == "weight":  # (2)  I = |w|, in the paper's ablation
         return weight.abs()
     raise AFLoRAError(f"sensitivity {kind!r}: choose gradient-weight, gradient or weight")
 
@@ -231,11 +215,8 @@ def freezing_fraction(step, total_steps, t_i, t_f):
     """Equation (6): the share of matrices that is frozen after `step` of `total_steps`, all counted
     in optimizer steps. Raises AFLoRAError where t_i and t_f do not fit into total_steps."""
     if min(t_i, t_f) < 0 or t_i + t_f > total_steps:
-        raise AFLoRAError(f"t_i = {t_i} and t_f = {t_f} do not fit into {total_steps} steps: "
-                          "make one of them smaller, or train longer")
-    # (6)  r(t) = 0                                         t < t_i
-    #           = 1 - (1 - (t - t_i) / (T - t_i - t_f))^3   t_i <= t < T - t_f
-    #           = 1                                         otherwise
+        raise AFLoRAError(f"t_i = {t_i}, t_f = {t_f} do not fit into {total_steps} steps: mend one")
+    # (6)  r(t) = 0 before t_i, 1 from T - t_f on, else 1 - (1 - (t - t_i) / (T - t_i - t_f))^3
     if step >= total_steps - t_f:
         return 1.0
     if step < t_i:
@@ -251,8 +232,7 @@ class AdaptiveFreezer:
     interval: matrices freeze only at a look: after each multiple of it, and after T - t_f steps.
     beta1, beta2, sensitivity: equations (3), (4), (2). frozen_at: {matrix: after how many steps it
     froze}, in that order. Where update() and freeze() belong in a step: see train(). Raises
-    AFLoRAError where nothing trains or the schedule does not fit, warns where its ramp is short.
-    """
+    AFLoRAError where nothing trains or the schedule does not fit, warns where its ramp is short."""
 
     def __init__(self, adapters, total_steps, t_i, t_f, interval=10, beta1=0.85, beta2=0.95,
                  sensitivity="gradient-weight"):
@@ -264,7 +244,7 @@ class AdaptiveFreezer:
             raise AFLoRAError("no A or B is trainable: nothing to freeze, leave the freezer out")
         self.beta1, self.beta2, self.kind = beta1, beta2, sensitivity
         self.schedule, self.step = dict(total_steps=total_steps, t_i=t_i, t_f=t_f), 0
-        self.frozen_at = {}
+        self.frozen_at, self.live = {}, self.matrices  # live: those that still train
         # {look: how many of the n matrices are frozen after so many steps}: floor(r(t) n)
         n, looks = len(self.matrices), {*range(0, total_steps + 1, interval), total_steps - t_f}
         self.looks = {t: math.floor(freezing_fraction(t, **self.schedule) * n) for t in looks}
@@ -272,13 +252,8 @@ class AdaptiveFreezer:
             how = "in a few large groups" if ramp else "all at once"
             warnings.warn(f"ramp of {ramp} steps, look every {interval}: {n} matrices freeze {how}")
         # The live matrices lie end to end in one flat tensor: one kernel for all, not one for each.
-        flat = torch.cat([p.detach().flatten() for p in self.matrices.values()])
+        flat = torch.cat([p.detach().flatten() for p in self.live.values()])
         self.Ibar, self.Ubar = torch.zeros_like(flat), torch.zeros_like(flat)
-
-    @property
-    def live(self):
-        """{name: parameter} of the matrices that still train, in the model's order."""
-        return {name: p for name, p in self.matrices.items() if name not in self.frozen_at}
 
     def split(self, flat):
         """{name: its part of a flat tensor} for the live matrices."""
@@ -309,9 +284,9 @@ class AdaptiveFreezer:
     def scores(self):
         """Equation (5) for every live matrix, {name: float}. One transfer from the device."""
         # (5)  s(t) = mean(Ibar * Ubar): both are >= 0, so the L1 norm (one foreach kernel) / count
-        products = self.split(self.Ibar * self.Ubar)
-        sums = torch._foreach_norm(list(products.values()), 1) if products else []
-        sums = torch.stack(sums).tolist() if products else []
+        if not (products := self.split(self.Ibar * self.Ubar)):
+            return {}
+        sums = torch.stack(torch._foreach_norm(list(products.values()), 1)).tolist()
         return {name: s / products[name].numel() for name, s in zip(products, sums)}
 
     def shares(self):
@@ -335,11 +310,11 @@ class AdaptiveFreezer:
 
     def release(self, frozen_at, optimizer):
         """Freezes so that nothing moves a matrix; it stays in its group, so that a resume fits."""
-        for name in frozen_at:
-            self.matrices[name].requires_grad_(False)
-            self.matrices[name].grad = None  # not zero: AdamW moves on by momentum and decay
-            optimizer.state.pop(self.matrices[name], None)
+        for p in (self.matrices[name] for name in frozen_at):
+            p.requires_grad_(False).grad = None  # not zero: AdamW moves on by momentum and decay
+            optimizer.state.pop(p, None)
         self.frozen_at |= frozen_at
+        self.live = {name: p for name, p in self.live.items() if name not in frozen_at}
 
     def average_trainable(self):
         """Trainable adapter parameters (no head), averaged over the steps done so far. Exact."""
@@ -366,16 +341,15 @@ ADAPTER_FORMAT = "aflora adapter 1"
 
 def write_file(path, content):
     """Writes bytes, or else by torch.save, to a temporary name and renames: never half a file."""
-    temporary = f"{path}.part"
+    part = pathlib.Path(f"{path}.part")
     try:
-        with open(temporary, "wb") as file:
+        with part.open("wb") as file:
             file.write(content) if isinstance(content, bytes) else torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        part.replace(path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
+        part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -402,16 +376,16 @@ def read_file(path, kind):
 
 def saved_values(model):
     """{full name: tensor} of all that an adapter file covers: the adapters and modules_to_save."""
-    modules = {name: dict(layer.named_parameters(recurse=False))
-               for name, layer in adapters_of(model).items()}
+    values = {f"{name}.{key}": getattr(layer, key).detach()
+              for name, layer in adapters_of(model).items() for key in KEYS}
     for name in model.adapter_config["modules_to_save"]:
-        modules[name] = model.get_submodule(name).state_dict()
-    return {f"{n}.{key}": v.detach() for n, values in modules.items() for key, v in values.items()}
+        values |= model.get_submodule(name).state_dict(prefix=f"{name}.")
+    return values
 
 
 def save_adapter(model, path):
-    """Writes the configuration, modules_to_save and every adapter value that has left its start; in
-    place of the others, untrained matrices above all, the configuration's seed and checksums."""
+    """Writes the configuration, modules_to_save and the adapter values that have left their start;
+    the others, untrained matrices above all, are a seed and checksums. Raises AFLoRAError."""
     if not hasattr(model, "adapter_config"):
         raise AFLoRAError("this model has no adapters: add_adapters(model, ...) first")
     values, at_start = saved_values(model), {}
@@ -487,10 +461,10 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
     batches: callable, epoch -> sized iterable of batches: tensors in tuples, lists or dicts.
     loss: callable, (model, batch) -> scalar mean. evaluate: callable, model -> {metric: float}.
     lr, head_lr: peak learning rates, head_lr of modules_to_save; linear warm-up over the share
-    `warmup` of all steps, then linear decay to 0. clip: maximal gradient norm. accumulate:
-    micro-batches per step, equally weighted. precision: "fp32"; "bf16" by autocast; "fp16" by
-    autocast and GradScaler. on_log(dict): each logged line, every 10 steps and at the freezer's
-    looks; only there does the host wait for the device. One step, also in a loop of your own:
+    `warmup` of all steps, then linear decay to 0. weight_decay: of matrices. clip: maximal gradient
+    norm. accumulate: micro-batches per step, equally weighted. precision: "fp32", "bf16", "fp16"
+    (with a GradScaler). on_log(dict): each logged line, every 10 steps and at the freezer's looks;
+    only there does the host wait for the device. One step, also in a loop of your own:
 
         scaler.scale(loss).backward()             for each micro-batch
         on_gradients(parameters)                  whole, still scaled: average over processes here
@@ -503,10 +477,9 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
 
     A step whose gradient is not finite changes nothing and is not counted: daily business for
     fp16's scaler; in bf16 and fp32 the next logged line ends the run with AFLoRAError.
-    Returns dict(history=[dict per epoch], steps, skipped, seconds), seconds without evaluation.
-    """
-    if (precision not in COMPUTE_TYPES or min(epochs, accumulate) < 1
-            or min(lr, lr if head_lr is None else head_lr, clip) <= 0
+    Returns dict(history=[dict per epoch], steps, skipped, seconds), seconds without evaluation."""
+    head_lr = lr if head_lr is None else head_lr
+    if (precision not in COMPUTE_TYPES or min(epochs, accumulate) < 1 or min(lr, head_lr, clip) <= 0
             or weight_decay < 0 or not 0 <= warmup < 1):
         raise AFLoRAError(f"precision {precision!r} must be fp32, bf16 or fp16; epochs, accumulate "
                           ">= 1; lr, head_lr, clip > 0; weight_decay >= 0; 0 <= warmup < 1")
@@ -514,33 +487,29 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
     model.to(device)
     steps_per_epoch = math.ceil(len(batches(0)) / accumulate)
     total = epochs * steps_per_epoch
-    if freezer and freezer.schedule["total_steps"] != total:
-        raise AFLoRAError(f"{epochs} epochs of {steps_per_epoch} steps are {total} steps, but the "
-                          f"freezer counts on {freezer.schedule['total_steps']}")
+    if freezer and (planned := freezer.schedule["total_steps"]) != total:
+        raise AFLoRAError(f"{epochs} x {steps_per_epoch} = {total} steps, the freezer: {planned}")
     saved, groups = getattr(model, "adapter_config", {}).get("modules_to_save", ()), {}
     head = {p for name in saved for p in model.get_submodule(name).parameters()}
     for p in (p for p in model.parameters() if p.requires_grad):
-        rate = head_lr if p in head and head_lr is not None else lr
-        decay = weight_decay if p.dim() > 1 else 0.0  # none on vectors and biases
+        rate, decay = head_lr if p in head else lr, weight_decay if p.dim() > 1 else 0.0
         group = dict(params=[], lr=rate, peak_lr=rate, weight_decay=decay)
         groups.setdefault((rate, decay), group)["params"].append(p)
     if not groups:
         raise AFLoRAError("nothing in this model is trainable: add_adapters(model, ...) first")
-    # Fused, AdamW can skip a step on the device without asking the host.
-    optimizer = torch.optim.AdamW(list(groups.values()), fused=True)
+    optimizer = torch.optim.AdamW(list(groups.values()), fused=True)  # skips steps on the device
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     autocast = torch.autocast(device.type, COMPUTE_TYPES[precision], enabled=precision != "fp32")
-    attempted, skipped, logged, seconds, history = 0, 0, 0, 0.0, []
+    attempted, skipped, step, logged, seconds, history = 0, 0, 0, 0, 0.0, []  # step: completed
+    looks = freezer.looks if freezer else ()
     sums = torch.zeros(2, device=device)  # since the last logged line: losses, skipped steps
     bar = tqdm(total=total, unit="step", mininterval=1)
-
     with frozen_weights_in(model, COMPUTE_TYPES[precision]), bar:
         for epoch in range(epochs):
             model.train()
             began, examples, epoch_loss = time.perf_counter(), 0, 0.0
             waiting = iter(batches(epoch))
             while micro_batches := list(itertools.islice(waiting, accumulate)):
-                step = attempted - skipped  # completed so far, as far as the host knows
                 factor = min((step + 1) / (warmup * total + 1), (1 - step / total) / (1 - warmup))
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * factor
@@ -565,8 +534,7 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
                 sums[1] += found_inf
                 attempted, step = attempted + 1, step + 1
                 bar.update()
-                epoch_ends = attempted % steps_per_epoch == 0
-                if epoch_ends or step % LOG_EVERY == 0 or (freezer and step in freezer.looks):
+                if attempted % steps_per_epoch == 0 or step % LOG_EVERY == 0 or step in looks:
                     # One transfer tells the losses and the skipped steps: `step` is exact again.
                     losses, skips = sums.tolist()
                     sums.zero_()

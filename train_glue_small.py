@@ -11,8 +11,9 @@ texts are fetched once, into ~/.cache/aflora; nothing but a Python package index
 Each run leaves a folder: adapter.pt, log.jsonl (a line a logged step), result.json, freeze_map.txt.
 """
 
-import argparse, functools, hashlib, http.client, io, json, os, re, shutil, subprocess, sys
-import tarfile, tempfile, typing, unicodedata, urllib.error, urllib.parse, urllib.request, zipfile
+import argparse, functools, hashlib, http.client, io, itertools, json, os, re, shutil
+import subprocess, sys, tarfile, tempfile, typing, unicodedata, zipfile
+import urllib.error, urllib.parse, urllib.request
 from pathlib import Path
 
 import torch
@@ -71,9 +72,8 @@ class WordPieceTokenizer:
     def tokens(self, text):
         """The ids of a text, of any length; special tokens written in it are taken as such."""
         parts = re.split(r"(\[(?:PAD|UNK|CLS|SEP|MASK)\])", text)
-        return [i for part in parts for i in (
-            [self.vocab[part]] if part in self.SPECIAL else
-            [i for word in self.words(part) for i in self.pieces(word)])]
+        words = ([part] if part in self.SPECIAL else self.words(part) for part in parts)
+        return [i for word in itertools.chain.from_iterable(words) for i in self.pieces(word)]
 
     def encode(self, text, pair=None, max_length=128):
         """(ids, segment_ids) of [CLS] text [SEP] and, if any, pair [SEP]; the longer is cut."""
@@ -184,9 +184,8 @@ class Bert(nn.Module):
                 if config.get(key, "absolute") != value:
                     raise AFLoRAError(f"{key} is {config.get(key)}, this BERT knows only {value}")
             model = cls(config)
-        path = folder / "model.safetensors"
-        if not path.exists() and (folder / "pytorch_model.bin").exists():
-            path = folder / "pytorch_model.bin"
+        paths = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
+        path = next((path for path in paths if path.exists()), paths[0])
         state, own = {}, dict(model.named_parameters())
         for name, tensor in read_weights(path).items():
             for old, new in RENAMED.items():
@@ -221,8 +220,7 @@ class BertClassifier(nn.Module):
 
     def __init__(self, encoder, classes=2, dropout=0.1):
         super().__init__()
-        hidden = encoder.word_embeddings.embedding_dim
-        self.encoder = encoder
+        self.encoder, hidden = encoder, encoder.word_embeddings.embedding_dim
         self.head = nn.Sequential(Dropout(dropout), nn.Linear(hidden, hidden), nn.Tanh(),
                                   Dropout(dropout), nn.Linear(hidden, classes))
 
@@ -270,18 +268,17 @@ def download(address):
     """The bytes behind an internet address or "pip:package==version". Raises OSError."""
     if address.startswith("pip:"):
         package = address.removeprefix("pip:")
-        source = ["--no-binary", "vaderSentiment"] if package.startswith("vaderSentiment") else []
         print(f"fetching {package} from the Python package index", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, *source]
-            done = subprocess.run([*pip, package], capture_output=True, text=True)
+        with tempfile.TemporaryDirectory() as folder:  # vaderSentiment's wheel lacks the reviews
+            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, package,
+                   "--no-binary", "vaderSentiment"]
+            done = subprocess.run(pip, capture_output=True, text=True)
             if done.returncode:
                 raise OSError((re.findall("ERROR: (.*)", done.stderr) or ["pip failed"])[-1])
             return next(Path(folder).iterdir()).read_bytes()
     buffer = io.BytesIO()
     with urllib.request.urlopen(address, timeout=5) as reply:
-        size = int(reply.headers.get("Content-Length") or 0)
-        name = address.rpartition("/")[2]
+        size, name = int(reply.headers.get("Content-Length") or 0), address.rpartition("/")[2]
         with tqdm.wrapattr(reply, "read", total=size or None, desc=name) as body:
             shutil.copyfileobj(body, buffer)
     if buffer.tell() < size:
@@ -297,14 +294,13 @@ def extract(archive, member):
 
 
 def fetch(name, folder=None):
-    """The path of a file: in the user's `folder`, whose hashes are the user's affair, or in the cache,
-    downloaded if need be; there a wrong sha256 is an error."""
+    """The path of a file: in the user's `folder`, whose hashes are the user's affair, or in the
+    cache, downloaded if need be; there a wrong sha256 is an error."""
     path, (expected, *sources) = Path(folder or CACHE, name), FILES[name]
     if folder and not path.exists():
         raise AFLoRAError(f"{path} is missing: put it there, or name another folder")
-    if folder or path.exists():
-        found = None if folder else hashlib.sha256(path.read_bytes()).hexdigest()
-        if found not in (None, expected):
+    if path.exists():
+        if not folder and (found := hashlib.sha256(path.read_bytes()).hexdigest()) != expected:
             raise AFLoRAError(f"{path}: sha256 {found}, expected {expected}: delete it")
         return path
     for source in sources:
@@ -334,40 +330,34 @@ def fetch(name, folder=None):
 Task = typing.NamedTuple("Task", [("title", str), ("source", str), ("train", list), ("dev", list)])
 
 
-def read_table(path, columns, header=None):
-    """(line number, fields) of a tab-separated file without quoting; checks what it can."""
+def read_table(path, header, label=None):
+    """The rows of a tab-separated file without quoting, as lists of strings. With the number of the
+    column of labels it begins with `header`, else at once. AFLoRAError names the line at fault."""
     with blame(f"{path} as UTF-8"):
         lines = path.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
-    rows = [(number, line.rstrip("\r").split("\t")) for number, line in enumerate(lines, 1)]
-    for number, fields in rows:
-        if len(fields) != columns:
-            raise AFLoRAError(f"{path}, line {number}: {len(fields)} columns, expected {columns}")
-    if header and rows[0][1] != header:
-        raise AFLoRAError(f"{path}, line 1: the header is {rows[0][1]}, expected {header}")
-    rows = rows[1:] if header else rows
-    if not rows:
+    rows = [line.rstrip("\r").split("\t") for line in lines]
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(header):
+            raise AFLoRAError(f"{path}, line {number}: {len(row)} columns, expected {len(header)}")
+        if label is not None and number == 1 and row != header:
+            raise AFLoRAError(f"{path}, line 1: the header is {row}, expected {header}")
+        if label is not None and number > 1 and row[label] not in ("0", "1"):
+            raise AFLoRAError(f"{path}, line {number}: label {row[label]!r}, expected 0 or 1")
+    if not (rows := rows if label is None else rows[1:]):
         raise AFLoRAError(f"{path} has no rows")
     return rows
-
-
-def to_label(text, path, number):
-    if text not in ("0", "1"):
-        raise AFLoRAError(f"{path}, line {number}: label {text!r}, expected 0 or 1")
-    return int(text)
 
 
 def load_task(name, folder=None):
     """Task "sst2" or "mrpc" from `folder`, else fetched. Rows: (text, second text or None, label).
     Where SST-2 cannot be had at all, movie snippets stand in for it, and the title says so."""
     if name == "mrpc":
-        path, dev_path = (fetch(f"MRPC/{file}", folder)
-                          for file in ("msr_paraphrase_train.txt", "dev_ids.tsv"))
-        dev_ids = {tuple(fields) for _, fields in read_table(dev_path, 2)}
-        header = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
-        train, dev = [], []
-        for number, (quality, first, second, text, pair) in read_table(path, 5, header):
-            row = (text, pair, to_label(quality, path, number))
-            (dev if (first, second) in dev_ids else train).append(row)
+        path = fetch("MRPC/msr_paraphrase_train.txt", folder)
+        dev_path = fetch("MRPC/dev_ids.tsv", folder)
+        header, train, dev = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"], [], []
+        dev_ids = {tuple(ids) for ids in read_table(dev_path, ("id", "id"))}
+        for quality, *ids, text, pair in read_table(path, header, label=0):
+            (dev if tuple(ids) in dev_ids else train).append((text, pair, int(quality)))
         if not train or not dev:
             raise AFLoRAError(f"{dev_path} makes {len(train)} rows of {path} train, {len(dev)} dev")
         return Task("MRPC", str(path), train, dev)
@@ -375,11 +365,12 @@ def load_task(name, folder=None):
         paths = [fetch(f"SST-2/{part}.tsv", folder) for part in ("train", "dev")]
     except Unreachable:
         path = fetch(SNIPPETS)
-        rows = [(text, None, int(float(mean) > 0)) for _, (_, mean, text) in read_table(path, 3)]
+        table = read_table(path, ("id", "mean rating", "text"))
+        rows = [(text, None, int(float(mean) > 0)) for _, mean, text in table]
         train = [row for index, row in enumerate(rows) if index % 10 != 9]
         return Task("movie snippets (in place of SST-2)", str(path), train, rows[9::10])
-    train, dev = ([(text, None, to_label(label, path, number)) for number, (text, label)
-                   in read_table(path, 2, ["sentence", "label"])] for path in paths)
+    train, dev = ([(text, None, int(label)) for text, label in read_table(
+        path, ["sentence", "label"], label=1)] for path in paths)
     return Task("SST-2", str(paths[0].parent), train, dev)
 
 
@@ -422,8 +413,7 @@ class Examples:
 def predict(model, examples, precision, size=128):
     """The predicted class of every example, (N,), in evaluation mode."""
     model.eval()
-    device = next(model.parameters()).device
-    order = examples.lengths.argsort(stable=True)
+    device, order = next(model.parameters()).device, examples.lengths.argsort(stable=True)
     with torch.autocast(device.type, aflora.COMPUTE_TYPES[precision], enabled=precision != "fp32"):
         logits = [model(*aflora.to_device(batch[:3], device))
                   for batch in examples.load(order.split(size))]
@@ -450,11 +440,9 @@ RECIPES = {
 }
 # The paper, for a model eight times as large: lr 4e-3 (SST-2) or 1e-2 (MRPC), head_lr 4e-3 or 8e-2,
 # batch 64, clip 0.1, weight decay 0.1.
-METHODS = {
-    "aflora": dict(rank=4, lr=4e-3, head_lr=2e-3), "lora": dict(rank=8, lr=1e-3, head_lr=2e-3),
-    "elora": dict(rank=1024, lr=1e-2, head_lr=2e-3), "full": dict(rank=0, lr=1e-4, head_lr=1e-4),
-    "head": dict(rank=0, lr=2e-3, head_lr=2e-3),
-}
+METHODS = {method: dict(rank=rank, lr=lr, head_lr=head_lr) for method, rank, lr, head_lr in (
+    ("aflora", 4, 4e-3, 2e-3), ("lora", 8, 1e-3, 2e-3), ("elora", 1024, 1e-2, 2e-3),
+    ("full", 0, 1e-4, 1e-4), ("head", 0, 2e-3, 2e-3))}
 WEIGHT_DECAY, CLIP = 0.01, 1.0
 
 
@@ -552,11 +540,7 @@ def run_task(name, args, device, precision):
     freezer, t_i, t_f = None, round(recipe["t_i"] * total), round(recipe["t_f"] * total)
     if args.method == "aflora" and args.train_matrices != "none":
         freezer = aflora.AdaptiveFreezer(layers, total, t_i, t_f, sensitivity=args.sensitivity)
-
-    def loss(model, batch):
-        *inputs, labels = batch
-        return F.cross_entropy(model(*inputs).float(), labels)
-
+    loss = lambda model, batch: F.cross_entropy(model(*batch[:-1]).float(), batch[-1])  # noqa: E731
     try:
         with open(out / "log.jsonl", "w", encoding="utf-8", buffering=1) as log:
             report = aflora.train(
