@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
 
@@ -75,6 +75,12 @@ class AFLoRALinear(nn.Module):
             start = self.start(key).to(like.device, torch.promote_types(like.dtype, torch.float32))
             trains = method == "aflora" or (method == "lora") == key.startswith("lora")
             setattr(self, key, nn.Parameter(start, requires_grad=trains))
+        self.train(base.training)
+
+    @property
+    def weight(self):
+        """The base's: some models ask its dtype."""
+        return self.base.weight
 
     def start(self, key):
         """The float32 value from which the parameter `key` starts, grown anew on the CPU."""
@@ -95,9 +101,12 @@ class AFLoRALinear(nn.Module):
             h = F.linear(tokens, self.lora_A.to(x.dtype)).to(y.dtype)  # (tokens, r)
             if self.rank <= FOLD_UP_TO_RANK or self.lora_B.requires_grad:
                 # Both vectors folded into the thin B: their gradients follow from h^T grad y, where
-                # (1) as written keeps tokens x out values for s_b. (r, out) in place: for CPUs.
+                # (1) as written keeps tokens x out values for s_b. (r, out), and in place if nobody
+                # else holds y: on CPUs the other layout's gradient and a separate sum are slow.
                 folded = (self.s_d[:, None] * self.lora_B.T * self.s_b).contiguous()
-                y = y.addmm_(h, folded.to(y.dtype))
+                ours = type(self.base) is nn.Linear and not self.base._forward_hooks
+                add = y.addmm_ if ours and not y._is_view() else y.addmm
+                y = add(h, folded.to(y.dtype))
             else:
                 wide = F.linear(h * self.s_d.to(y.dtype), self.lora_B.to(y.dtype))
                 y = y + wide * self.s_b.to(y.dtype)
@@ -111,8 +120,9 @@ class AFLoRALinear(nn.Module):
     def merge(self):
         """Adds delta_weight() to the weight as loaded; inference then costs no more. Idempotent."""
         weight = getattr(self.base, "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.shape != self.shape:
-            raise AFLoRAError(f"{type(self.base).__name__} has no (out, in) weight to merge into")
+        if not (isinstance(weight, nn.Parameter) and weight.is_floating_point()
+                and weight.shape == self.shape):
+            raise AFLoRAError(f"{type(self.base).__name__}: no plain (out, in) weight to add to")
         if not self.merged:
             loaded = getattr(weight, "loaded", weight.data)  # not train()'s half-precision copy
             self.merged, self.kept_weight = True, weight.data
@@ -129,9 +139,10 @@ class AFLoRALinear(nn.Module):
 def find(targets, names, kind):
     """Those of `names` that `targets` selects: one regular expression on whole names, or a list of
     dotted suffixes ("query": layers.0.query, not layers.0.bigquery). Each must select something."""
-    suffixes = {} if isinstance(targets, str) else {t: rf"(.*\.)?{re.escape(t)}" for t in targets}
-    found = {target: [name for name in names if re.fullmatch(pattern, name)]
-             for target, pattern in (suffixes or {targets: targets}).items() if target}
+    patterns = {targets: targets} if isinstance(targets, str) else {
+        target: rf"(.*\.)?{re.escape(target)}" for target in targets}
+    with blame(f"targets {targets!r}"):  # a regular expression may be none
+        found = {t: [n for n in names if re.fullmatch(p, n)] for t, p in patterns.items()}
     if unmatched := [target for target, hits in found.items() if not hits]:
         there = ", ".join(dict.fromkeys(re.sub(r"\d+", "*", n) for n in names)) or "none"
         raise AFLoRAError(f"no {kind} matches {', '.join(unmatched)}; there are: {there}")
@@ -175,10 +186,10 @@ def add_adapters(model, targets, rank=4, method="aflora", train_matrices="all",
         model.set_submodule(name, layer)
     for name in saved:
         modules[name].requires_grad_(True)
-    model.adapter_config = dict(  # what load_adapter needs to do the same to a plain model
-        targets=targets if isinstance(targets, str) else list(targets), rank=rank, method=method,
-        train_matrices=trained if method == "aflora" else "all", modules_to_save=saved, alpha=alpha,
-        seed=seed)
+    given = dict(targets=targets, train_matrices=train_matrices, modules_to_save=modules_to_save)
+    model.adapter_config = dict(rank=rank, method=method, alpha=alpha, seed=seed) | {
+        key: value if isinstance(value, str) else list(value) for key, value in given.items()}
+    model.saved_modules = saved  # full names
     return layers
 
 
@@ -271,6 +282,7 @@ class AdaptiveFreezer:
             return
         weight = torch.cat([p.flatten() for p in self.live.values()])
         grad = torch.cat([p.grad.flatten() for p in self.live.values()])
+        self.Ibar, self.Ubar = self.Ibar.to(grad), self.Ubar.to(grad)  # the model may have moved
         found_inf = ~grad.isfinite().all() if found_inf is None else found_inf
         # (2)  I(t) = |w * grad L|, or what `sensitivity` says
         I = sensitivity(weight, grad, self.kind)
@@ -378,7 +390,7 @@ def saved_values(model):
     """{full name: tensor} of all that an adapter file covers: the adapters and modules_to_save."""
     values = {f"{name}.{key}": getattr(layer, key).detach()
               for name, layer in adapters_of(model).items() for key in KEYS}
-    for name in model.adapter_config["modules_to_save"]:
+    for name in model.saved_modules:
         values |= model.get_submodule(name).state_dict(prefix=f"{name}.")
     return values
 
@@ -404,20 +416,20 @@ def load_adapter(model, path):
     (merged ones are taken out first): {name: AFLoRALinear}. Raises AFLoRAError, before any value
     changes, with what differs: another model, rank, target set, or regrown matrix."""
     content = read_file(path, ADAPTER_FORMAT)
-    if not hasattr(model, "adapter_config"):
-        add_adapters(model, **content["config"])
-    layers, values, new = adapters_of(model), saved_values(model), content["learned"]
-    here = model.adapter_config | {name: list(value.shape) for name, value in values.items()}
-    there = content["config"] | content["shapes"]
-    if differs := [f"{key} is {there.get(key)} there, {here.get(key)} here" for key in here | there
-                   if here.get(key) != there.get(key)]:
-        raise AFLoRAError(f"{path} does not fit this model: {'; '.join(differs[:3])}")
-    for name, expected in content["at_start"].items():
-        module, _, key = name.rpartition(".")
-        new[name] = layers[module].start(key)
-        if hashlib.sha256(new[name].numpy()).hexdigest() != expected:
-            raise AFLoRAError(f"{path}: {name}, regrown from its seed, is not as it was saved")
     with blame(path):
+        if not hasattr(model, "adapter_config"):
+            add_adapters(model, **content["config"])
+        layers, values, new = adapters_of(model), saved_values(model), content["learned"]
+        here = model.adapter_config | {name: list(value.shape) for name, value in values.items()}
+        there = content["config"] | content["shapes"]
+        if differs := [f"{key} is {there.get(key)} there, {here.get(key)} here"
+                       for key in here | there if here.get(key) != there.get(key)]:
+            raise AFLoRAError(f"it does not fit this model: {'; '.join(differs[:3])}")
+        for name, expected in content["at_start"].items():
+            module, _, key = name.rpartition(".")
+            new[name] = layers[module].start(key)
+            if hashlib.sha256(new[name].numpy()).hexdigest() != expected:
+                raise AFLoRAError(f"{name}, regrown from its seed, is not as it was saved")
         pairs = [(value, new[name].reshape(value.shape)) for name, value in values.items()]
     unmerge_adapters(model)
     for value, tensor in pairs:
@@ -434,13 +446,14 @@ LOG_EVERY = 10  # steps between two transfers of the loss from the device
 def frozen_weights_in(model, dtype):
     """Holds the frozen float32 linear weights in `dtype`: autocast would cast them at each use.
     Meanwhile the loaded ones hang on their parameters as .loaded; afterwards they come back."""
-    frozen = [p for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters()
-              if not p.requires_grad and p.dtype == torch.float32]
+    frozen = {p for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters()
+              if not p.requires_grad and p.dtype == torch.float32}
     for p in frozen:
         p.loaded, p.data = p.data, p.data.to(dtype)
     try:
         yield
     finally:
+        unmerge_adapters(model)  # merged in here, they would be in the copy
         for p in frozen:
             p.data = p.loaded
             del p.loaded
@@ -449,8 +462,9 @@ def frozen_weights_in(model, dtype):
 def to_device(batch, device):
     """Moves all tensors of a batch; pinned memory lets a copy to CUDA overlap the computation."""
     if device.type == "cuda":
-        batch = tree_map(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory(), batch)
-    return tree_map(lambda tensor: tensor.to(device, non_blocking=True), batch)
+        pin = lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory()  # noqa: E731
+        batch = tree_map_only(torch.Tensor, pin, batch)
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 
 def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, precision="fp32",
@@ -469,14 +483,14 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
         scaler.scale(loss).backward()             for each micro-batch
         on_gradients(parameters)                  whole, still scaled: average over processes here
         scaler.unscale_(optimizer)
-        freezer.update()                          score: after unscaling, before clipping
+        freezer.update(found_inf)                 score: after unscaling, before clipping
         clip_grad_norm_(parameters, clip)
         scaler.step(optimizer); scaler.update()
         freezer.freeze(step, optimizer)           step: how many are completed by now
         optimizer.zero_grad(set_to_none=True)
 
     A step whose gradient is not finite changes nothing and is not counted: daily business for
-    fp16's scaler; in bf16 and fp32 the next logged line ends the run with AFLoRAError.
+    fp16's scaler. In bf16 and fp32, or if a loss is not finite, the next line raises AFLoRAError.
     Returns dict(history=[dict per epoch], steps, skipped, seconds), seconds without evaluation."""
     head_lr = lr if head_lr is None else head_lr
     if (precision not in COMPUTE_TYPES or min(epochs, accumulate) < 1 or min(lr, head_lr, clip) <= 0
@@ -485,11 +499,10 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
                           ">= 1; lr, head_lr, clip > 0; weight_decay >= 0; 0 <= warmup < 1")
     device = torch.device(device) if device else next(model.parameters()).device
     model.to(device)
-    steps_per_epoch = math.ceil(len(batches(0)) / accumulate)
-    total = epochs * steps_per_epoch
+    total = epochs * (steps_per_epoch := math.ceil(len(batches(0)) / accumulate))
     if freezer and (planned := freezer.schedule["total_steps"]) != total:
         raise AFLoRAError(f"{epochs} x {steps_per_epoch} = {total} steps, the freezer: {planned}")
-    saved, groups = getattr(model, "adapter_config", {}).get("modules_to_save", ()), {}
+    saved, groups = getattr(model, "saved_modules", ()), {}
     head = {p for name in saved for p in model.get_submodule(name).parameters()}
     for p in (p for p in model.parameters() if p.requires_grad):
         rate, decay = head_lr if p in head else lr, weight_decay if p.dim() > 1 else 0.0
@@ -514,7 +527,7 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * factor
                 for batch in micro_batches:
-                    examples += len(tree_leaves(batch)[0])
+                    examples += next(len(t) for t in tree_leaves(batch) if torch.is_tensor(t))
                     with autocast:
                         batch_loss = loss(model, to_device(batch, device)) / len(micro_batches)
                     scaler.scale(batch_loss).backward()
@@ -556,6 +569,8 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
                     if on_log:
                         on_log(line)
                 optimizer.zero_grad(set_to_none=True)
+            if attempted != (epoch + 1) * steps_per_epoch or not attempted:
+                raise AFLoRAError("batches(epoch) must hold as many in each epoch, at least one")
             seconds += time.perf_counter() - began
             history.append(dict(epoch=epoch + 1, step=step, loss=epoch_loss / steps_per_epoch))
             if evaluate:

