@@ -437,7 +437,7 @@ RECIPES = {
     ("quick", "sst2"): dict(limit=8000, epochs=3, batch_size=32, t_i=0.1, t_f=0.4),
     ("quick", "mrpc"): dict(limit=None, epochs=4, batch_size=32, t_i=0.1, t_f=0.4),
     ("full", "sst2"): dict(limit=None, epochs=10, batch_size=64, t_i=0.1, t_f=0.7),
-    ("full", "mrpc"): dict(limit=None, epochs=20, batch_size=32, t_i=0.05, t_f=0.7),
+    ("full", "mrpc"): dict(limit=None, epochs=20, batch_size=64, t_i=0.05, t_f=0.7),
 }
 # The paper, for a model eight times as large: lr 4e-3 (SST-2) or 1e-2 (MRPC), head_lr 4e-3 or 8e-2,
 # batch 64, clip 0.1, weight decay 0.1.
