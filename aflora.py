@@ -56,10 +56,10 @@ def kaiming_uniform(key, shape, a=0.0):
 class AFLoRALinear(nn.Module):
     """A linear module with the path of equation (1) beside it: x (..., in) -> y (..., out).
 
-    base has in_features and out_features; it is called, so it may be quantised. Float32 on any
-    base: lora_A (rank, in), lora_B (out, rank), s_d (rank,), s_b (out,); seed and name give their
-    start. method: "aflora" trains all, "lora" A and B, scaled by alpha / rank, "elora" vectors.
-    Raises AFLoRAError for a method or rank that is none."""
+    base has in_features and out_features; it is called, so it may be quantised. Parameters, in
+    float32 or more: lora_A (rank, in), lora_B (out, rank), s_d (rank,), s_b (out,). seed and name
+    give their start. method: "aflora" trains all, "lora" A and B, scaled by alpha / rank, "elora"
+    the vectors. Raises AFLoRAError for a method or rank that is none."""
 
     def __init__(self, base, rank=4, method="aflora", alpha=16, seed=0, name=""):
         super().__init__()
@@ -226,7 +226,7 @@ def freezing_fraction(step, total_steps, t_i, t_f):
     """Equation (6): the share of matrices that is frozen after `step` of `total_steps`, all counted
     in optimizer steps. Raises AFLoRAError where t_i and t_f do not fit into total_steps."""
     if min(t_i, t_f) < 0 or t_i + t_f > total_steps:
-        raise AFLoRAError(f"t_i = {t_i}, t_f = {t_f} do not fit into {total_steps} steps: mend one")
+        raise AFLoRAError(f"t_i = {t_i}, t_f = {t_f} do not fit into {total_steps} steps")
     # (6)  r(t) = 0 before t_i, 1 from T - t_f on, else 1 - (1 - (t - t_i) / (T - t_i - t_f))^3
     if step >= total_steps - t_f:
         return 1.0

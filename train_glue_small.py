@@ -564,7 +564,8 @@ def run_task(name, task, args, device, precision):
     last, best = history[-1], max(history, key=lambda epoch: epoch["accuracy"])
     result = dict(
         task=name, data=f"{task.title}: {task.source}", weights=weights, method=args.method,
-        preset=preset, seed=args.seed, sensitivity=args.sensitivity, train_matrices=args.train_matrices,
+        preset=preset, seed=args.seed, sensitivity=args.sensitivity,
+        train_matrices=args.train_matrices,
         **recipe, accuracy=last["accuracy"], f1=last["f1"] if mrpc else None,
         best_accuracy=best["accuracy"], best_f1=best["f1"] if mrpc else None,
         trainable_start=start, trainable_end=trainable(model),
