@@ -637,7 +637,8 @@ def main(argv=None):
                 notes.append(f"{name} is skipped: {error}")
         if not tasks:
             raise Unreachable("; ".join(notes))
-        print(*notes, f"{VERSIONS}, device {device}, {torch.get_num_threads()} threads, precision "
+        versions = ", ".join(f"{package} {version}" for package, version in VERSIONS.items())
+        print(*notes, f"{versions}, device {device}, {torch.get_num_threads()} threads, precision "
               f"{precision}, seed {args.seed}", sep="\n")
         for name, task in tasks.items():
             run_task(name, task, args, device, precision)
