@@ -435,7 +435,7 @@ def metrics(predicted, labels):
 # "quick" leaves room for a real ramp on a CPU. limit: training rows.
 RECIPES = {
     ("quick", "sst2"): dict(limit=8000, epochs=3, batch_size=32, t_i=0.1, t_f=0.4),
-    ("quick", "mrpc"): dict(limit=None, epochs=4, batch_size=32, t_i=0.1, t_f=0.4),
+    ("quick", "mrpc"): dict(limit=None, epochs=5, batch_size=32, t_i=0.1, t_f=0.4),
     ("full", "sst2"): dict(limit=None, epochs=10, batch_size=64, t_i=0.1, t_f=0.7),
     ("full", "mrpc"): dict(limit=None, epochs=20, batch_size=64, t_i=0.05, t_f=0.7),
 }
