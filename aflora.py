@@ -1,19 +1,15 @@
 """AFLoRA in one file: adaptive freezing of low rank adaptation, and the loop that trains with it.
 
-Fine-tuning moves a pre-trained weight W0 (out x in). LoRA keeps W0 still and learns a low-rank path
-beside it. AFLoRA puts a vector behind each of the path's two matrices, trains everything at first,
-then freezes the matrices for good, the least important first, until only the vectors train:
+LoRA keeps a pre-trained weight W0 still and learns a low-rank path beside it. AFLoRA puts a vector
+behind each of the path's two matrices, trains everything at first, then freezes the matrices for
+good, the least important first, until only the vectors train:
 
-          x (tokens, in)
-      +---+---------------+
-      |             A    (r, in)     trained until it is among the lowest-scored, then frozen
-  W0 (out, in)      s_d  (r)         L_d = diag(s_d), trained to the end, starts at 0.1
-  frozen            B    (out, r)    trained until it is among the lowest-scored, then frozen
-      |             s_b  (out)       L_b = diag(s_b), trained to the end, starts at 0
-      +-------- + --------+
-          y (tokens, out)                      (1)  Y = W0 X + L_b B L_d A X
+    (1)  Y = W0 X + L_b B L_d A X         from x (tokens, in) to y (tokens, out)
+    W0   (out, in)                        frozen from the start
+    A, B (r, in), (out, r)                trained until among the lowest-scored, then frozen
+    L_d  diag(s_d), s_d (r)               trained to the end, starts at 0.1
+    L_b  diag(s_b), s_b (out)             trained to the end, starts at 0
 
-For a 384 -> 1,536 layer and r = 4, W0 holds 589,824 values, A 1,536, B 6,144, s_d 4, s_b 1,536.
 `python aflora.py` shows the equations at work. On your own model:
 
     adapters = add_adapters(model, targets=["query", "value"], modules_to_save=["classifier"])
@@ -28,11 +24,15 @@ VeRA, Kopiczko et al. (2310.11454); PLATON, whose score this is, Zhang et al. (2
 import contextlib, hashlib, itertools, math, os, pathlib, re, time, warnings, zipfile
 
 import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
+import torch, torch.nn as nn, torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
+
+KEYS = ("lora_A", "lora_B", "s_d", "s_b")
+FOLD_UP_TO_RANK = 64  # above, with B frozen, scaling activations is cheaper than folding: ELoRA
+ADAPTER_FORMAT = "aflora adapter 1"
+COMPUTE_TYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+LOG_EVERY = 10  # steps between two transfers of the loss from the device
 
 
 class AFLoRAError(ValueError):
@@ -40,26 +40,20 @@ class AFLoRAError(ValueError):
 
 
 # ---------------------------------------------------------------------------------- the layer, (1)
-KEYS = ("lora_A", "lora_B", "s_d", "s_b")
-FOLD_UP_TO_RANK = 64  # above, with B frozen, scaling activations is cheaper than folding: ELoRA
-
-
 def kaiming_uniform(key, shape, a=0.0):
     """A float32 tensor (fan_out, fan_in), Kaiming-uniform, that the string `key` regrows for ever:
     numpy's RandomState has a stream frozen by policy (NEP 19). So files can hold a seed instead."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
     bound = math.sqrt(6 / ((1 + a * a) * shape[1]))
-    values = np.random.RandomState(seed).uniform(-bound, bound, shape)
-    return torch.from_numpy(values.astype(np.float32))
+    return torch.from_numpy(np.random.RandomState(seed).uniform(-bound, bound, shape)).float()
 
 
 class AFLoRALinear(nn.Module):
     """A linear module with the path of equation (1) beside it: x (..., in) -> y (..., out).
-
-    base has in_features and out_features; it is called, so it may be quantised. Parameters, in
-    float32 or more: lora_A (rank, in), lora_B (out, rank), s_d (rank,), s_b (out,). seed and name
-    give their start. method: "aflora" trains all, "lora" A and B, scaled by alpha / rank, "elora"
-    the vectors. Raises AFLoRAError for a method or rank that is none."""
+    base has in_features and out_features, may be quantised. Parameters, float32 or more: lora_A
+    (rank, in), lora_B (out, rank), s_d (rank,), s_b (out,), started by seed and name. Method aflora
+    trains all, lora A and B, scaled by alpha / rank, elora the vectors; else raises AFLoRAError."""
+    weight = property(lambda self: self.base.weight)  # some models ask its dtype
 
     def __init__(self, base, rank=4, method="aflora", alpha=16, seed=0, name=""):
         super().__init__()
@@ -67,8 +61,7 @@ class AFLoRALinear(nn.Module):
             raise AFLoRAError(f"method {method!r}, rank {rank!r}: aflora, lora or elora, rank >= 1")
         self.base, self.rank, self.method, self.alpha = base, rank, method, alpha
         self.shape = (base.out_features, base.in_features)
-        # ELoRA shares one random pair among all layers of one shape, so the shape seeds it.
-        self.seed_key = f"{seed}/{self.shape if method == 'elora' else name}"
+        self.seed_key = f"{seed}/{self.shape if method == 'elora' else name}"  # one pair a shape
         self.merged, self.kept_weight = False, None  # the base's own weight, while merged
         like = next(base.parameters(), torch.empty(0))
         for key in KEYS:
@@ -76,11 +69,6 @@ class AFLoRALinear(nn.Module):
             trains = method == "aflora" or (method == "lora") == key.startswith("lora")
             setattr(self, key, nn.Parameter(start, requires_grad=trains))
         self.train(base.training)
-
-    @property
-    def weight(self):
-        """The base's: some models ask its dtype."""
-        return self.base.weight
 
     def start(self, key):
         """The float32 value from which the parameter `key` starts, grown anew on the CPU."""
@@ -100,9 +88,8 @@ class AFLoRALinear(nn.Module):
             # (1)  Y = W0 X + L_b B L_d A X
             h = F.linear(tokens, self.lora_A.to(x.dtype)).to(y.dtype)  # (tokens, r)
             if self.rank <= FOLD_UP_TO_RANK or self.lora_B.requires_grad:
-                # Both vectors folded into the thin B: their gradients follow from h^T grad y, where
-                # (1) as written keeps tokens x out values for s_b. (r, out), and in place if nobody
-                # else holds y: on CPUs the other layout's gradient and a separate sum are slow.
+                # Both vectors folded into the thin B: (1) as written keeps tokens x out values for
+                # the gradient of s_b. (r, out) and in place, if nobody else holds y: fast on CPUs.
                 folded = (self.s_d[:, None] * self.lora_B.T * self.s_b).contiguous()
                 ours = type(self.base) is nn.Linear and not self.base._forward_hooks
                 add = y.addmm_ if ours and not y._is_view() else y.addmm
@@ -119,14 +106,13 @@ class AFLoRALinear(nn.Module):
     @torch.no_grad()
     def merge(self):
         """Adds delta_weight() to the weight as loaded; inference then costs no more. Idempotent."""
-        weight = getattr(self.base, "weight", None)
-        if not (isinstance(weight, nn.Parameter) and weight.is_floating_point()
-                and weight.shape == self.shape):
+        W0 = getattr(self.base, "weight", None)
+        if not (isinstance(W0, nn.Parameter) and W0.is_floating_point() and W0.shape == self.shape):
             raise AFLoRAError(f"{type(self.base).__name__}: no plain (out, in) weight to add to")
         if not self.merged:
-            loaded = getattr(weight, "loaded", weight.data)  # not train()'s half-precision copy
-            self.merged, self.kept_weight = True, weight.data
-            weight.data = (loaded + self.delta_weight()).to(loaded.dtype)
+            loaded = getattr(W0, "loaded", W0.data)  # not train()'s half-precision copy
+            self.merged, self.kept_weight = True, W0.data
+            W0.data = (loaded + self.delta_weight()).to(loaded.dtype)
 
     def unmerge(self):
         """Puts the kept weight back bit for bit (subtracting would leave rounding). Idempotent."""
@@ -174,15 +160,13 @@ def add_adapters(model, targets, rank=4, method="aflora", train_matrices="all",
         if any(f"{name}.".startswith(f"{module}.") for module in saved):
             raise AFLoRAError(f"{name} is among targets and in modules_to_save: choose one")
     layers = {n: AFLoRALinear(modules[n], rank, method, alpha, seed, name=n) for n in names}
-
     model.requires_grad_(False)  # LayerNorms, embeddings and biases, too
-    pairs = {}  # ELoRA: the first layer of a shape lends its A and B to the others
     for name, layer in layers.items():
-        pair = layer.lora_A, layer.lora_B
-        if method == "elora":
-            layer.lora_A, layer.lora_B = pairs.setdefault(layer.shape, pair)
+        if method == "elora":  # the first layer of a shape lends its A and B to the others
+            first = next(other for other in layers.values() if other.shape == layer.shape)
+            layer.lora_A, layer.lora_B = first.lora_A, first.lora_B
         elif name not in trained:
-            pair[0].requires_grad_(False), pair[1].requires_grad_(False)
+            layer.lora_A.requires_grad = layer.lora_B.requires_grad = False
         model.set_submodule(name, layer)
     for name in saved:
         modules[name].requires_grad_(True)
@@ -230,21 +214,15 @@ def freezing_fraction(step, total_steps, t_i, t_f):
     # (6)  r(t) = 0 before t_i, 1 from T - t_f on, else 1 - (1 - (t - t_i) / (T - t_i - t_f))^3
     if step >= total_steps - t_f:
         return 1.0
-    if step < t_i:
-        return 0.0
-    return 1 - (1 - (step - t_i) / (total_steps - t_i - t_f)) ** 3
+    return 0.0 if step < t_i else 1 - (1 - (step - t_i) / (total_steps - t_i - t_f)) ** 3
 
 
-# ---------------------------------------------------------------------------------- the freezer
 class AdaptiveFreezer:
     """Scores all trainable A and B at each step; freezes the lowest r(t) share of them for good.
-
-    adapters: what add_adapters returned. total_steps, t_i, t_f: optimizer steps, equation (6).
-    interval: matrices freeze only at a look: after each multiple of it, and after T - t_f steps.
-    beta1, beta2, sensitivity: equations (3), (4), (2). frozen_at: {matrix: after how many steps it
-    froze}, in that order. Where update() and freeze() belong in a step: see train(). Raises
-    AFLoRAError where nothing trains or the schedule does not fit, warns where its ramp is short."""
-
+    adapters: add_adapters' result. total_steps, t_i, t_f: optimizer steps, equation (6). interval:
+    matrices freeze only after each multiple of it, and after T - t_f steps: a look. beta1, beta2,
+    sensitivity: equations (3), (4), (2). frozen_at: {matrix: after how many steps}, in order. Place
+    in a step: see train(). Raises AFLoRAError if nothing trains or the schedule does not fit."""
     def __init__(self, adapters, total_steps, t_i, t_f, interval=10, beta1=0.85, beta2=0.95,
                  sensitivity="gradient-weight"):
         trained = {f"{name}.{key}": p for name, layer in adapters.items()
@@ -263,8 +241,7 @@ class AdaptiveFreezer:
             how = "in a few large groups" if ramp else "all at once"
             warnings.warn(f"ramp of {ramp} steps, look every {interval}: {n} matrices freeze {how}")
         # The live matrices lie end to end in one flat tensor: one kernel for all, not one for each.
-        flat = torch.cat([p.detach().flatten() for p in self.live.values()])
-        self.Ibar, self.Ubar = torch.zeros_like(flat), torch.zeros_like(flat)
+        self.Ibar = self.Ubar = torch.cat([p.new_zeros(p.numel()) for p in self.live.values()])
 
     def split(self, flat):
         """{name: its part of a flat tensor} for the live matrices."""
@@ -272,20 +249,17 @@ class AdaptiveFreezer:
 
     @torch.no_grad()
     def update(self, found_inf=None):
-        """Takes this step's gradients into the running scores, equations (2)-(4), with no transfer.
-        found_inf: 0-dim bool tensor, true where the optimizer skips this step, as we do; default:
-        a gradient here is not finite. Raises AFLoRAError for a matrix without a gradient."""
-        if missing := [name for name, p in self.live.items() if p.grad is None]:
-            raise AFLoRAError(f"no gradient for {', '.join(missing)}: update() belongs between "
-                              "backward() and zero_grad(), and every adapted layer must be in use")
+        """Takes gradients into the scores, equations (2)-(4). found_inf: 0-dim bool tensor, true if
+        the step is skipped; default: not finite here. Raises AFLoRAError without a gradient."""
+        if missing := ", ".join(name for name, p in self.live.items() if p.grad is None):
+            raise AFLoRAError(f"{missing}: no gradient; backward() first, all adapters in use")
         if not self.live:
             return
         weight = torch.cat([p.flatten() for p in self.live.values()])
         grad = torch.cat([p.grad.flatten() for p in self.live.values()])
         self.Ibar, self.Ubar = self.Ibar.to(grad), self.Ubar.to(grad)  # the model may have moved
         found_inf = ~grad.isfinite().all() if found_inf is None else found_inf
-        # (2)  I(t) = |w * grad L|, or what `sensitivity` says
-        I = sensitivity(weight, grad, self.kind)
+        I = sensitivity(weight, grad, self.kind)  # (2), |w * grad L| unless told otherwise
         # (3)  Ibar(t) = b1 Ibar(t-1) + (1 - b1) I(t),  Ibar(0) = 0
         Ibar = self.beta1 * self.Ibar + (1 - self.beta1) * I
         # (4)  U(t) = |I(t) - Ibar(t)|,  Ubar(t) = b2 Ubar(t-1) + (1 - b2) U(t),  Ubar(0) = 0
@@ -348,9 +322,6 @@ class AdaptiveFreezer:
 
 
 # ---------------------------------------------------------------------------------- adapter files
-ADAPTER_FORMAT = "aflora adapter 1"
-
-
 def write_file(path, content):
     """Writes bytes, or else by torch.save, to a temporary name and renames: never half a file."""
     part = pathlib.Path(f"{path}.part")
@@ -376,10 +347,9 @@ def blame(path):
 
 def read_file(path, kind):
     """Reads what write_file wrote. Only tensors, numbers and strings: no file can run code here."""
-    with blame(path):
-        with zipfile.ZipFile(path) as archive:  # stored uncompressed: parts cannot exceed the whole
-            if sum(part.file_size for part in archive.infolist()) > os.path.getsize(path):
-                raise AFLoRAError("its parts claim more bytes than it has")
+    with blame(path), zipfile.ZipFile(path) as archive:
+        if sum(part.file_size for part in archive.infolist()) > os.path.getsize(path):
+            raise AFLoRAError("its parts claim more bytes than it has")  # none is compressed
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["format"] != kind:
             raise AFLoRAError(f"it is no {kind}")
@@ -412,9 +382,8 @@ def save_adapter(model, path):
 
 
 def load_adapter(model, path):
-    """Loads a file of save_adapter into the plain base model, or into one with the same adapters
-    (merged ones are taken out first): {name: AFLoRALinear}. Raises AFLoRAError, before any value
-    changes, with what differs: another model, rank, target set, or regrown matrix."""
+    """Loads save_adapter's file into the plain base model, or one with the same adapters, unmerged
+    first: {name: AFLoRALinear}. Raises AFLoRAError with what differs, before any value changes."""
     content = read_file(path, ADAPTER_FORMAT)
     with blame(path):
         if not hasattr(model, "adapter_config"):
@@ -438,10 +407,6 @@ def load_adapter(model, path):
 
 
 # ------------------------------------------------------------------------------ the training loop
-COMPUTE_TYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
-LOG_EVERY = 10  # steps between two transfers of the loss from the device
-
-
 @contextlib.contextmanager
 def frozen_weights_in(model, dtype):
     """Holds the frozen float32 linear weights in `dtype`: autocast would cast them at each use.
@@ -461,17 +426,14 @@ def frozen_weights_in(model, dtype):
 
 def to_device(batch, device):
     """Moves all tensors of a batch; pinned memory lets a copy to CUDA overlap the computation."""
-    if device.type == "cuda":
-        pin = lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory()  # noqa: E731
-        batch = tree_map_only(torch.Tensor, pin, batch)
-    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
+    pin = lambda t: t.pin_memory() if device.type == "cuda" and not t.is_cuda else t  # noqa: E731
+    return tree_map_only(torch.Tensor, lambda t: pin(t).to(device, non_blocking=True), batch)
 
 
 def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, precision="fp32",
           accumulate=1, clip=1.0, warmup=0.06, weight_decay=0.0, evaluate=None, on_gradients=None,
           on_log=None, device=None):
     """Trains by AdamW what requires a gradient and freezes as `freezer` says. It knows no task.
-
     batches: callable, epoch -> sized iterable of batches: tensors in tuples, lists or dicts.
     loss: callable, (model, batch) -> scalar mean. evaluate: callable, model -> {metric: float}.
     lr, head_lr: peak learning rates, head_lr of modules_to_save; linear warm-up over the share
@@ -479,16 +441,10 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
     norm. accumulate: micro-batches per step, equally weighted. precision: "fp32", "bf16", "fp16"
     (with a GradScaler). on_log(dict): each logged line, every 10 steps and at the freezer's looks;
     only there does the host wait for the device. One step, also in a loop of your own:
-
-        scaler.scale(loss).backward()             for each micro-batch
-        on_gradients(parameters)                  whole, still scaled: average over processes here
-        scaler.unscale_(optimizer)
-        freezer.update(found_inf)                 score: after unscaling, before clipping
-        clip_grad_norm_(parameters, clip)
-        scaler.step(optimizer); scaler.update()
-        freezer.freeze(step, optimizer)           step: how many are completed by now
+        scaler.scale(loss).backward() per micro-batch, on_gradients(parameters) to average over
+        processes, scaler.unscale_(optimizer), freezer.update(found_inf), clipping,
+        scaler.step(optimizer), scaler.update(), freezer.freeze(completed steps, optimizer),
         optimizer.zero_grad(set_to_none=True)
-
     A step whose gradient is not finite changes nothing and is not counted: daily business for
     fp16's scaler. In bf16 and fp32, or if a loss is not finite, the next line raises AFLoRAError.
     Returns dict(history=[dict per epoch], steps, skipped, seconds), seconds without evaluation."""
@@ -497,8 +453,7 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
             or weight_decay < 0 or not 0 <= warmup < 1):
         raise AFLoRAError(f"precision {precision!r} must be fp32, bf16 or fp16; epochs, accumulate "
                           ">= 1; lr, head_lr, clip > 0; weight_decay >= 0; 0 <= warmup < 1")
-    device = torch.device(device) if device else next(model.parameters()).device
-    model.to(device)
+    model.to(device := torch.device(device) if device else next(model.parameters()).device)
     total = epochs * (steps_per_epoch := math.ceil(len(batches(0)) / accumulate))
     if freezer and (planned := freezer.schedule["total_steps"]) != total:
         raise AFLoRAError(f"{epochs} x {steps_per_epoch} = {total} steps, the freezer: {planned}")
@@ -548,8 +503,7 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
                 attempted, step = attempted + 1, step + 1
                 bar.update()
                 if attempted % steps_per_epoch == 0 or step % LOG_EVERY == 0 or step in looks:
-                    # One transfer tells the losses and the skipped steps: `step` is exact again.
-                    losses, skips = sums.tolist()
+                    losses, skips = sums.tolist()  # one transfer: hereafter `step` is exact again
                     sums.zero_()
                     if not math.isfinite(losses) or (skips and precision != "fp16"):
                         raise AFLoRAError(f"loss or gradient not finite, just before step {step}, "
@@ -581,34 +535,27 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
     return dict(history=history, steps=step, skipped=skipped, seconds=seconds)
 
 
-# ------------------------------------------------------------------------------- a demonstration
-def demo(steps=300, t_i=50, t_f=100, watched="2.lora_B"):
+def demo(steps=300, t_i=50, t_f=100, watched="2.lora_A"):
     """A frozen random network learns, by AFLoRA, to follow another one; in a loop of its own."""
     torch.manual_seed(0)
     student, teacher = (nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(),
                                       nn.Linear(32, 1)) for _ in range(2))
     freezer = AdaptiveFreezer(add_adapters(student, targets=["0", "2"]), steps, t_i, t_f)
-    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=2e-2)
-    print(f"Means over {watched} until it freezes; (5) is the mean of the products Ibar * Ubar.\n\n"
-          "step  loss    (2) I     (3) Ibar  (4) U     Ubar      (5) s     (6) r  now frozen")
+    optimizer = torch.optim.AdamW(student.parameters(), lr=2e-2)
+    print(f"means of {watched}:\nstep  (2) I     (3) Ibar  (4) U     Ubar      (5) s     (6) r(t)")
     for step in range(1, steps + 1):
         x = torch.randn(64, 8)
-        loss = F.mse_loss(student(x), teacher(x).detach())
-        loss.backward()
+        F.mse_loss(student(x), teacher(x).detach()).backward()
         freezer.update()
-        means = " " * 48
-        if watched in freezer.live:
-            I = sensitivity(freezer.live[watched].detach(), freezer.live[watched].grad).flatten()
+        if step in freezer.looks and watched in freezer.live:
+            I = sensitivity(freezer.live[watched], freezer.live[watched].grad).flatten()
             Ibar, Ubar = (freezer.split(flat)[watched] for flat in (freezer.Ibar, freezer.Ubar))
-            means = "  ".join(f"{values.mean():.2e}" for values in
-                              (I, Ibar, (I - Ibar).abs(), Ubar, Ibar * Ubar))
+            means = (f"{v.mean():.2e}" for v in (I, Ibar, (I - Ibar).abs(), Ubar, Ibar * Ubar))
+            print(f"{step:4}", *means, f"{freezing_fraction(step, steps, t_i, t_f):.3f}", sep="  ")
         optimizer.step()
-        frozen = freezer.freeze(step, optimizer)
+        freezer.freeze(step, optimizer)
         optimizer.zero_grad(set_to_none=True)
-        if step in freezer.looks and (frozen or freezer.live):
-            print(f"{step:4}  {loss:.4f}  {means}  {freezer.shares()[0]:.3f}  {', '.join(frozen)}")
-    print(f"\nfrozen after step: {freezer.frozen_at}\ntrainable parameters: "
-          f"{freezer.average_trainable():.1f} on average, {freezer.vector_parameters} at the end")
+    print(f"frozen after step: {freezer.frozen_at}")
 
 
 if __name__ == "__main__":
