@@ -21,10 +21,12 @@ Papers: AFLoRA, Liu et al. (arXiv 2403.13269); LoRA, Hu et al. (2106.09685); ELo
 VeRA, Kopiczko et al. (2310.11454); PLATON, whose score this is, Zhang et al. (2206.12562).
 """
 
-import contextlib, hashlib, itertools, math, os, pathlib, re, time, warnings, zipfile
+import contextlib, functools, hashlib, itertools, math, operator, os, pathlib, re, time, warnings
+import zipfile, zlib
 
 import numpy as np
 import torch, torch.nn as nn, torch.nn.functional as F
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
@@ -41,10 +43,10 @@ class AFLoRAError(ValueError):
 
 # ---------------------------------------------------------------------------------- the layer, (1)
 def kaiming_uniform(key, shape, a=0.0):
-    """A float32 tensor (fan_out, fan_in), Kaiming-uniform, that the string `key` regrows for ever:
+    """A float32 tensor (fan_out, *fan_in), Kaiming-uniform, that the string `key` regrows for ever:
     numpy's RandomState has a stream frozen by policy (NEP 19). So files can hold a seed instead."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
-    bound = math.sqrt(6 / ((1 + a * a) * shape[1]))
+    bound = math.sqrt(6 / ((1 + a * a) * math.prod(shape[1:])))
     return torch.from_numpy(np.random.RandomState(seed).uniform(-bound, bound, shape)).float()
 
 
@@ -174,6 +176,10 @@ def add_adapters(model, targets, rank=4, method="aflora", train_matrices="all",
     model.adapter_config = dict(rank=rank, method=method, alpha=alpha, seed=seed) | {
         key: value if isinstance(value, str) else list(value) for key, value in given.items()}
     model.saved_modules = saved  # full names
+    # {name of all that a file covers: how to regrow its start, None if no seed can}
+    model.starts = {f"{name}.{key}": functools.partial(layer.start, key)
+                    for name, layer in layers.items() for key in KEYS}
+    model.starts |= {n: None for n in model.state_dict() for m in saved if n.startswith(f"{m}.")}
     return layers
 
 
@@ -217,6 +223,12 @@ def freezing_fraction(step, total_steps, t_i, t_f):
     return 0.0 if step < t_i else 1 - (1 - (step - t_i) / (total_steps - t_i - t_f)) ** 3
 
 
+def flat_sensitivity(weights, grads, kind):
+    """Equation (2) of several tensors, end to end in one flat one: one kernel for all of them."""
+    flat = (torch.cat([t.detach().flatten() for t in tensors]) for tensors in (weights, grads))
+    return sensitivity(*flat, kind)
+
+
 class AdaptiveFreezer:
     """Scores all trainable A and B at each step; freezes the lowest r(t) share of them for good.
     adapters: add_adapters' result. total_steps, t_i, t_f: optimizer steps, equation (6). interval:
@@ -240,7 +252,7 @@ class AdaptiveFreezer:
         if (ramp := total_steps - t_i - t_f) < 10 * interval:
             how = "in a few large groups" if ramp else "all at once"
             warnings.warn(f"ramp of {ramp} steps, look every {interval}: {n} matrices freeze {how}")
-        # The live matrices lie end to end in one flat tensor: one kernel for all, not one for each.
+        # Running scores of the live matrices, end to end as in flat_sensitivity
         self.Ibar = self.Ubar = torch.cat([p.new_zeros(p.numel()) for p in self.live.values()])
 
     def split(self, flat):
@@ -255,11 +267,12 @@ class AdaptiveFreezer:
             raise AFLoRAError(f"{missing}: no gradient; backward() first, all adapters in use")
         if not self.live:
             return
-        weight = torch.cat([p.flatten() for p in self.live.values()])
-        grad = torch.cat([p.grad.flatten() for p in self.live.values()])
-        self.Ibar, self.Ubar = self.Ibar.to(grad), self.Ubar.to(grad)  # the model may have moved
-        found_inf = ~grad.isfinite().all() if found_inf is None else found_inf
-        I = sensitivity(weight, grad, self.kind)  # (2), |w * grad L| unless told otherwise
+        grads = [p.grad for p in self.live.values()]
+        if found_inf is None:
+            found_inf = ~torch.nn.utils.get_total_norm(grads).isfinite()
+        # (2)  I(t) = |w * grad L|, or what `sensitivity` says
+        I = flat_sensitivity(self.live.values(), grads, self.kind)
+        self.Ibar, self.Ubar = self.Ibar.to(I), self.Ubar.to(I)  # the model may have moved
         # (3)  Ibar(t) = b1 Ibar(t-1) + (1 - b1) I(t),  Ibar(0) = 0
         Ibar = self.beta1 * self.Ibar + (1 - self.beta1) * I
         # (4)  U(t) = |I(t) - Ibar(t)|,  Ubar(t) = b2 Ubar(t-1) + (1 - b2) U(t),  Ubar(0) = 0
@@ -321,6 +334,72 @@ class AdaptiveFreezer:
         self.Ibar, self.Ubar = state["Ibar"].to(self.Ibar), state["Ubar"].to(self.Ubar)
 
 
+# ---------------------------------------------------------------- FreezeNet: once, before training
+class Kept(nn.Module):
+    """Parametrization: the vector of trained elements, (k,), put at `positions` of a start that
+    rests. An optimizer holds this vector alone, so neither momentum nor decay moves the others."""
+    def __init__(self, start, positions):
+        super().__init__()
+        self.register_buffer("start", start, persistent=False)
+        self.register_buffer("positions", positions)
+
+    def forward(self, kept):
+        return self.start.flatten().index_put((self.positions,), kept).view_as(self.start)
+
+    def right_inverse(self, whole):
+        return whole.flatten()[self.positions]
+
+
+@torch.no_grad()
+def seed_weights(model, seed=0, overwrite=True):
+    """Prepares a network for FreezeNet's files: its start can be regrown, so save_adapter stores
+    a seed. Gives it that start if `overwrite`: Glorot-uniform kernels and matrices, biases 0, other
+    vectors 1."""
+    def start(name, shape):
+        if len(shape) == 1:
+            return torch.full(shape, float(not name.endswith("bias")))
+        return kaiming_uniform(f"{seed}/{name}", shape, math.sqrt(shape[0] / shape[1]))
+    model.adapter_config, model.saved_modules = dict(method="freezenet", seed=seed), []
+    model.starts = dict.fromkeys(model.state_dict()) | {
+        name: functools.partial(start, name, p.shape) for name, p in model.named_parameters()}
+    for name, p in model.named_parameters() if overwrite else ():
+        p.copy_(model.starts[name]())
+
+
+def keep_elements(model, masks):
+    """Leaves trainable only those elements where masks {parameter name: bool tensor} are true."""
+    for name, mask in masks.items():
+        module, key = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        p, positions = getattr(module, key), mask.flatten().nonzero()[:, 0]
+        p.requires_grad_(len(positions) > 0)
+        if 0 < len(positions) < p.numel():
+            kept = Kept(p.detach().clone(), positions.to(p.device))
+            parametrize.register_parametrization(module, key, kept)
+
+
+def freeze_one_shot(model, loss, keep, sensitivity="gradient", names=None):
+    """FreezeNet (Wimmer, Mehnert and Condurache, arXiv 2011.14087): decides before training which
+    elements train, the share `keep` of highest saliency over all parameters `names` (default: those
+    that train) together; the others keep their start. loss: callable, model -> scalar, of a batch
+    or a sum over a few. sensitivity: equation (2). Returns masks as keep_elements takes them.
+    Raises AFLoRAError for a keep outside [0, 1] and a loss without a finite, non-zero gradient."""
+    given = {n: p for n, p in model.named_parameters() if p.requires_grad and n in (names or [n])}
+    with blame("gradient of the loss"):  # the loss may not depend on a parameter at all
+        grads = torch.autograd.grad(loss(model), list(given.values()), materialize_grads=True)
+        if not 0 < torch.nn.utils.get_total_norm(grads) < math.inf:
+            raise AFLoRAError("all 0 or not finite, nothing to choose by")
+    if not 0 <= keep <= 1:
+        raise AFLoRAError(f"keep {keep}: it is a share of all elements, from 0 to 1")
+    saliency = flat_sensitivity(given.values(), grads, sensitivity)
+    mask = torch.zeros_like(saliency, dtype=torch.bool)
+    best = saliency.argsort(descending=True, stable=True)  # ties: in the model's order
+    mask[best[:round(keep * len(best))]] = True
+    parts = mask.split([p.numel() for p in given.values()])
+    masks = {name: part.view_as(p) for (name, p), part in zip(given.items(), parts)}
+    keep_elements(model, masks)
+    return masks
+
+
 # ---------------------------------------------------------------------------------- adapter files
 def write_file(path, content):
     """Writes bytes, or else by torch.save, to a temporary name and renames: never half a file."""
@@ -350,6 +429,8 @@ def read_file(path, kind):
     with blame(path), zipfile.ZipFile(path) as archive:
         if sum(part.file_size for part in archive.infolist()) > os.path.getsize(path):
             raise AFLoRAError("its parts claim more bytes than it has")  # none is compressed
+        if damaged := archive.testzip():
+            raise AFLoRAError(f"{damaged} in it is damaged: its checksum is another one")
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["format"] != kind:
             raise AFLoRAError(f"it is no {kind}")
@@ -357,53 +438,66 @@ def read_file(path, kind):
 
 
 def saved_values(model):
-    """{full name: tensor} of all that an adapter file covers: the adapters and modules_to_save."""
-    values = {f"{name}.{key}": getattr(layer, key).detach()
-              for name, layer in adapters_of(model).items() for key in KEYS}
-    for name in model.saved_modules:
-        values |= model.get_submodule(name).state_dict(prefix=f"{name}.")
-    return values
+    """{full name: tensor} of all that a file covers: adapters, modules_to_save; or a network."""
+    return {name: operator.attrgetter(name)(model).detach() for name in model.starts}
 
 
 def save_adapter(model, path):
-    """Writes the configuration, modules_to_save and the adapter values that have left their start;
-    the others, untrained matrices above all, are a seed and checksums. Raises AFLoRAError."""
-    if not hasattr(model, "adapter_config"):
+    """Writes what an adapted model, or a network from seed_weights, has learned. A tensor of which
+    at most half has left its random start is a seed, a checksum of the start, and positions and
+    values of the rest. Raises AFLoRAError for a model without adapters."""
+    if not hasattr(model, "starts"):
         raise AFLoRAError("this model has no adapters: add_adapters(model, ...) first")
-    values, at_start = saved_values(model), {}
-    for (name, layer), key in itertools.product(adapters_of(model).items(), KEYS):
-        start, value = layer.start(key), values[f"{name}.{key}"].cpu()
-        if torch.equal(value, start.to(value.dtype)):
-            at_start[f"{name}.{key}"] = hashlib.sha256(start.numpy()).hexdigest()
-    learned = {name: value.cpu().clone() for name, value in values.items() if name not in at_start}
-    shapes = {name: list(value.shape) for name, value in values.items()}
-    write_file(path, dict(format=ADAPTER_FORMAT, config=model.adapter_config, shapes=shapes,
-                          at_start=at_start, learned=learned))
+    content = dict(format=ADAPTER_FORMAT, config=model.adapter_config, shapes={}, at_start={},
+                   positions={}, learned={})
+    for name, value in saved_values(model).items():
+        content["shapes"][name], value = list(value.shape), value.cpu().flatten()
+        if grow := model.starts[name]:
+            start = grow().flatten()
+            moved = (value != start.to(value.dtype)).nonzero()[:, 0]
+            if 2 * len(moved) <= len(value):
+                content["at_start"][name] = hashlib.sha256(start.numpy()).hexdigest()
+                gaps = np.diff(moved.numpy(), prepend=0).astype("<u4").tobytes()  # small numbers
+                packed = torch.frombuffer(bytearray(zlib.compress(gaps, 9)), dtype=torch.uint8)
+                content["positions"][name], value = packed, value[moved]
+        if len(value):
+            content["learned"][name] = value.clone()
+    write_file(path, content)
 
 
 def load_adapter(model, path):
-    """Loads save_adapter's file into the plain base model, or one with the same adapters, unmerged
+    """Loads save_adapter's file into the plain model, or one with the same adapters, unmerged
     first: {name: AFLoRALinear}. Raises AFLoRAError with what differs, before any value changes."""
     content = read_file(path, ADAPTER_FORMAT)
     with blame(path):
-        if not hasattr(model, "adapter_config"):
-            add_adapters(model, **content["config"])
-        layers, values, new = adapters_of(model), saved_values(model), content["learned"]
+        config, new = content["config"], content["learned"]
+        if any(parametrize.is_parametrized(module) for module in model.modules()):
+            raise AFLoRAError("elements of this model are frozen: load it into a plain one")
+        if not hasattr(model, "starts") and config["method"] == "freezenet":
+            seed_weights(model, config["seed"], overwrite=False)
+        elif not hasattr(model, "starts"):
+            add_adapters(model, **config)
+        values = saved_values(model)
         here = model.adapter_config | {name: list(value.shape) for name, value in values.items()}
-        there = content["config"] | content["shapes"]
+        there = config | content["shapes"]
         if differs := [f"{key} is {there.get(key)} there, {here.get(key)} here"
                        for key in here | there if here.get(key) != there.get(key)]:
             raise AFLoRAError(f"it does not fit this model: {'; '.join(differs[:3])}")
         for name, expected in content["at_start"].items():
-            module, _, key = name.rpartition(".")
-            new[name] = layers[module].start(key)
-            if hashlib.sha256(new[name].numpy()).hexdigest() != expected:
+            start = model.starts[name]().flatten()
+            if hashlib.sha256(start.numpy()).hexdigest() != expected:
                 raise AFLoRAError(f"{name}, regrown from its seed, is not as it was saved")
+            if name in new:
+                unpack = zlib.decompressobj().decompress  # not more than there are values
+                gaps = unpack(content["positions"][name].numpy().tobytes(), 4 * len(new[name]) + 1)
+                positions = torch.from_numpy(np.frombuffer(gaps, "<u4").cumsum().astype("int64"))
+                start = start.to(new[name].dtype).index_copy(0, positions, new[name])
+            new[name] = start
         pairs = [(value, new[name].reshape(value.shape)) for name, value in values.items()]
     unmerge_adapters(model)
     for value, tensor in pairs:
         value.copy_(tensor)
-    return layers
+    return adapters_of(model)
 
 
 # ------------------------------------------------------------------------------ the training loop

@@ -602,6 +602,168 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+# ----------------------------------------------------------------------------------- FreezeNet
+
+class Conv(nn.Module):
+    """A small image network: kernels, matrices, biases and a norm's vectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 4, 3), nn.LayerNorm(8)
+        self.up, self.head = nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(torch.tanh(self.up(torch.relu(self.conv(x)).flatten(1)))))
+
+
+def images(seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(16, 2, 4, 4, generator=generator, dtype=torch.float64).to(dtype)
+    x[:, 1] = 0  # a dead channel: its kernels have a gradient of exactly 0
+    return x, torch.randint(3, (16,), generator=generator)
+
+
+def seeded(keep=None, kind="gradient", seed=0, dtype=torch.float32):
+    """(network at its seeded start, {name: mask} of one shot at it)."""
+    aflora.seed_weights(model := Conv(), seed)
+    model.to(dtype)
+    one_shot = None if keep is None else aflora.freeze_one_shot(
+        model, lambda model: loss_of(model, images(dtype=dtype)), keep, kind)
+    return model, one_shot
+
+
+@pytest.mark.parametrize("kind", ["gradient", "gradient-weight", "weight"])
+@pytest.mark.parametrize("keep", [0.03, 0.5, 0.93])
+def test_one_shot_keeps_the_highest_saliencies_of_all(kind, keep):
+    """The masks against a sort in plain Python; equal saliencies in the order of the elements."""
+    model = seeded()[0]
+    loss_of(model, images()).backward()
+    pairs = [(p.detach().flatten().tolist(), p.grad.flatten().tolist())
+             for p in model.parameters()]
+    score = dict(gradient=lambda w, g: abs(g), weight=lambda w, g: abs(w))
+    if kind == "gradient-weight":  # in float32, as the scores are
+        score[kind] = lambda w, g: abs(float(np.float32(w) * np.float32(g)))
+    saliency = [score[kind](w, g) for ws, gs in pairs for w, g in zip(ws, gs)]
+    assert len(set(saliency)) < len(saliency)  # zeros: there are ties
+    k = round(keep * len(saliency))
+    chosen = set(sorted(range(len(saliency)), key=lambda i: -saliency[i])[:k])
+    _, masks = seeded(keep, kind)
+    found = torch.cat([masks[name].flatten() for name, _ in model.named_parameters()])
+    assert set(found.nonzero()[:, 0].tolist()) == chosen and len(chosen) == k
+
+
+def test_one_shot_trains_as_a_masked_dense_network():
+    """Forward and gradients in float64: the kept vector's are the dense ones where the mask is."""
+    model, masks = seeded(0.2, dtype=torch.float64)
+    dense, _ = seeded(dtype=torch.float64)
+    with torch.no_grad():  # away from the start, so that values and start differ
+        for name, p in model.named_parameters():
+            if "parametrizations" in name:
+                p += 0.3
+        for name, p in dense.named_parameters():
+            p += 0.3 * masks[name].double()
+    batch = images(1, torch.float64)
+    torch.testing.assert_close(model(batch[0]), dense(batch[0]), rtol=0, atol=1e-14)
+    loss_of(model, batch).backward()
+    loss_of(dense, batch).backward()
+    kept = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert sum(grad.numel() for grad in kept.values()) == sum(int(m.sum()) for m in masks.values())
+    for name, p in dense.named_parameters():
+        module, key = name.rsplit(".", 1)
+        ours = kept.get(f"{module}.parametrizations.{key}.original", kept.get(name, torch.empty(0)))
+        torch.testing.assert_close(ours.flatten(), p.grad[masks[name]], rtol=0, atol=1e-14)
+
+
+def test_what_one_shot_froze_never_moves():
+    """After 100 AdamW steps with decay the frozen elements are the seed's bits, the kept are not;
+    the optimizer holds a state for as many values as are kept."""
+    model, masks = seeded(0.1, "gradient-weight")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2,
+                                  weight_decay=0.1)
+    for _ in range(100):
+        loss_of(model, images()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    start = seeded()[0]
+    for name, mask in masks.items():
+        module = model.get_submodule(name.rsplit(".", 1)[0])
+        value = getattr(module, name.rsplit(".", 1)[1])
+        assert torch.equal(value[~mask], start.get_parameter(name)[~mask])
+        assert (value[mask] != start.get_parameter(name)[mask]).all()
+    total = sum(mask.numel() for mask in masks.values())
+    assert sum(s["exp_avg"].numel() for s in optimizer.state.values()) == round(0.1 * total)
+
+
+def test_freezenet_file_is_a_seed_positions_and_values(tmp_path):
+    """A fresh network regrows to the same bits from a file that is far smaller than the dense one;
+    wrong seeds, changed bits and networks that already hold masks are refused."""
+    model, masks = seeded(0.05, seed=7)
+    train(model, lambda epoch: [images()], loss_of, epochs=20, lr=1e-2)
+    save_adapter(model, path := tmp_path / "net.pt")
+    content = torch.load(path, weights_only=True)
+    assert sum(t.numel() for t in content["learned"].values()) == sum(
+        int(mask.sum()) for mask in masks.values())
+    load_adapter(fresh := Conv(), path)
+    assert torch.equal(fresh(images(1)[0]), model(images(1)[0]))
+    with pytest.raises(AFLoRAError, match="plain"):
+        load_adapter(seeded(0.05, seed=7)[0], path)
+    with pytest.raises(AFLoRAError, match="seed is 7 there, 8 here"):
+        load_adapter(seeded(seed=8)[0], path)
+    whole = bytearray(path.read_bytes())
+    value = content["learned"]["conv.weight"].numpy().tobytes()
+    whole[whole.index(value)] ^= 1
+    path.write_bytes(whole)
+    before = [p.clone() for p in fresh.parameters()]
+    with pytest.raises(AFLoRAError, match="net.pt"):
+        load_adapter(fresh, path)
+    content["config"]["seed"] = 8
+    torch.save(content, path)
+    with pytest.raises(AFLoRAError, match="regrown"):
+        load_adapter(Conv(), path)
+    assert all(torch.equal(p, q) for p, q in zip(fresh.parameters(), before))
+
+
+def test_kept_elements_of_adapters_are_saved_sparsely(tmp_path):
+    """The same file mechanism serves adapters of which one shot keeps some elements."""
+    model, layers = adapted(targets=["up"], modules_to_save=())
+    masks = {f"blocks.{i}.up.lora_{m}": torch.zeros(shape, dtype=torch.bool)
+             for i in range(2) for m, shape in (("A", (4, 8)), ("B", (24, 4)))}
+    masks["blocks.1.up.lora_B"][3, 1:3] = True
+    aflora.keep_elements(model, masks)
+    train(model, lambda epoch: data(), loss_of, epochs=2, lr=1e-2)
+    save_adapter(model, path := tmp_path / "a.pt")
+    content = torch.load(path, weights_only=True)
+    assert content["learned"]["blocks.1.up.lora_B"].shape == (2,)
+    assert len(content["at_start"]) == 4 and "blocks.0.up.lora_A" not in content["learned"]
+    torch.manual_seed(0)
+    load_adapter(fresh := Net(), path)
+    assert torch.equal(fresh(data()[0][0]), model(data()[0][0]))
+
+
+def test_the_ends_of_keep_and_wrong_one_shots():
+    """keep = 0 trains nothing, keep = 1 everything; other values and a lost gradient are errors."""
+    none, masks = seeded(0)
+    assert not any(p.requires_grad for p in none.parameters())
+    assert not any(mask.any() for mask in masks.values())
+    everything, masks = seeded(1)
+    assert all(p.requires_grad for p in everything.parameters())
+    assert [n for n, _ in everything.named_parameters()] == list(masks)  # nothing parametrized
+    for keep in (-0.1, 1.1, math.nan):
+        with pytest.raises(AFLoRAError, match="keep"):
+            seeded(keep)
+    model = seeded()[0]
+    for loss in (lambda m: 0 * loss_of(m, images()), lambda m: math.inf * loss_of(m, images()),
+                 lambda m: torch.zeros(())):
+        with pytest.raises(AFLoRAError, match="gradient"):
+            aflora.freeze_one_shot(model, loss, 0.5)
+    with pytest.raises(AFLoRAError, match="sensitivity"):
+        aflora.freeze_one_shot(model, lambda m: loss_of(m, images()), 0.5, "grad")
+    layers = adapted(modules_to_save=())[1]  # at s_b = 0 every gradient of A and B is zero
+    with pytest.raises(AFLoRAError, match="gradient"):
+        aflora.freeze_one_shot(layers["blocks.0.up"], lambda m: m(torch.ones(8)).sum(), 0.5,
+                               names=["lora_A", "lora_B"])
+
+
 # --------------------------------------------------------------------------- the training loop
 
 def test_train_equals_a_loop_written_by_hand():
