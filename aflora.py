@@ -21,8 +21,8 @@ Papers: AFLoRA, Liu et al. (arXiv 2403.13269); LoRA, Hu et al. (2106.09685); ELo
 VeRA, Kopiczko et al. (2310.11454); PLATON, whose score this is, Zhang et al. (2206.12562).
 """
 
-import contextlib, functools, hashlib, itertools, math, operator, os, pathlib, re, time, warnings
-import zipfile, zlib
+import contextlib, functools, hashlib, itertools, math, operator, os, pathlib, re, time, types
+import warnings, zipfile, zlib
 
 import numpy as np
 import torch, torch.nn as nn, torch.nn.functional as F
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 KEYS = ("lora_A", "lora_B", "s_d", "s_b")
 FOLD_UP_TO_RANK = 64  # above, with B frozen, scaling activations is cheaper than folding: ELoRA
-ADAPTER_FORMAT = "aflora adapter 1"
+ADAPTER_FORMAT, CHECKPOINT_FORMAT = "aflora adapter 1", "aflora checkpoint 1"
 COMPUTE_TYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 LOG_EVERY = 10  # steps between two transfers of the loss from the device
 
@@ -323,12 +323,13 @@ class AdaptiveFreezer:
 
     def state_dict(self):
         """All that a resumed run needs: tensors, numbers and strings."""
-        return {k: getattr(self, k) for k in ("schedule", "step", "frozen_at", "Ibar", "Ubar")}
+        state = {k: getattr(self, k) for k in ("schedule", "step", "frozen_at", "Ibar", "Ubar")}
+        return state | dict(matrices=list(self.matrices))
 
     def load_state_dict(self, state, optimizer):
         """Takes up a state_dict() in a new freezer. Raises AFLoRAError for one of another run."""
-        if state["schedule"] != self.schedule or state["frozen_at"].keys() - self.matrices.keys():
-            raise AFLoRAError(f"of another run: {state['schedule']} there, {self.schedule} here")
+        expect_equal(state["schedule"] | dict(matrices=state["matrices"]),
+                     self.schedule | dict(matrices=list(self.matrices)))
         self.release(state["frozen_at"], optimizer)
         self.step = state["step"]
         self.Ibar, self.Ubar = state["Ibar"].to(self.Ibar), state["Ubar"].to(self.Ubar)
@@ -344,7 +345,8 @@ class Kept(nn.Module):
         self.register_buffer("positions", positions)
 
     def forward(self, kept):
-        return self.start.flatten().index_put((self.positions,), kept).view_as(self.start)
+        whole = self.start.flatten().index_put((self.positions,), kept).view_as(self.start)
+        return torch.empty_like(self.start).copy_(whole)  # in the start's memory format
 
     def right_inverse(self, whole):
         return whole.flatten()[self.positions]
@@ -405,7 +407,7 @@ def write_file(path, content):
     """Writes bytes, or else by torch.save, to a temporary name and renames: never half a file."""
     part = pathlib.Path(f"{path}.part")
     try:
-        with part.open("wb") as file:
+        with blame(path), part.open("wb") as file:
             file.write(content) if isinstance(content, bytes) else torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
@@ -435,6 +437,13 @@ def read_file(path, kind):
         if content["format"] != kind:
             raise AFLoRAError(f"it is no {kind}")
         return content
+
+
+def expect_equal(there, here):
+    """Raises AFLoRAError that names what differs between a file's dict and this run's."""
+    if differs := [f"{key} is {there.get(key)} there, {here.get(key)} here"
+                   for key in here | there if here.get(key) != there.get(key)]:
+        raise AFLoRAError(f"it does not fit: {'; '.join(differs[:3])}")
 
 
 def saved_values(model):
@@ -478,11 +487,8 @@ def load_adapter(model, path):
         elif not hasattr(model, "starts"):
             add_adapters(model, **config)
         values = saved_values(model)
-        here = model.adapter_config | {name: list(value.shape) for name, value in values.items()}
-        there = config | content["shapes"]
-        if differs := [f"{key} is {there.get(key)} there, {here.get(key)} here"
-                       for key in here | there if here.get(key) != there.get(key)]:
-            raise AFLoRAError(f"it does not fit this model: {'; '.join(differs[:3])}")
+        expect_equal(config | content["shapes"], model.adapter_config | {
+            name: list(value.shape) for name, value in values.items()})
         for name, expected in content["at_start"].items():
             start = model.starts[name]().flatten()
             if hashlib.sha256(start.numpy()).hexdigest() != expected:
@@ -526,7 +532,8 @@ def to_device(batch, device):
 
 def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, precision="fp32",
           accumulate=1, clip=1.0, warmup=0.06, weight_decay=0.0, evaluate=None, on_gradients=None,
-          on_log=None, device=None):
+          on_log=None, device=None, checkpoint=None, checkpoint_every=0, resume=False, stop=None,
+          label=None):
     """Trains by AdamW what requires a gradient and freezes as `freezer` says. It knows no task.
     batches: callable, epoch -> sized iterable of batches: tensors in tuples, lists or dicts.
     loss: callable, (model, batch) -> scalar mean. evaluate: callable, model -> {metric: float}.
@@ -539,14 +546,17 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
         processes, scaler.unscale_(optimizer), freezer.update(found_inf), clipping,
         scaler.step(optimizer), scaler.update(), freezer.freeze(completed steps, optimizer),
         optimizer.zero_grad(set_to_none=True)
+    checkpoint: a file, written after each epoch, each checkpoint_every steps and when stop(), asked
+    after each step, is true, which raises KeyboardInterrupt. resume: go on from there, on a CPU bit
+    for bit. label: dict, kept in it.
     A step whose gradient is not finite changes nothing and is not counted: daily business for
     fp16's scaler. In bf16 and fp32, or if a loss is not finite, the next line raises AFLoRAError.
     Returns dict(history=[dict per epoch], steps, skipped, seconds), seconds without evaluation."""
     head_lr = lr if head_lr is None else head_lr
-    if (precision not in COMPUTE_TYPES or min(epochs, accumulate) < 1 or min(lr, head_lr, clip) <= 0
-            or weight_decay < 0 or not 0 <= warmup < 1):
-        raise AFLoRAError(f"precision {precision!r} must be fp32, bf16 or fp16; epochs, accumulate "
-                          ">= 1; lr, head_lr, clip > 0; weight_decay >= 0; 0 <= warmup < 1")
+    if (precision not in COMPUTE_TYPES or min(epochs, accumulate, len(batches(0))) < 1
+            or min(lr, head_lr, clip) <= 0 or weight_decay < 0 or not 0 <= warmup < 1):
+        raise AFLoRAError(f"precision {precision!r} must be fp32, bf16 or fp16; epochs, accumulate, "
+                          "batches >= 1; lr, head_lr, clip > 0; weight_decay >= 0; 0 <= warmup < 1")
     model.to(device := torch.device(device) if device else next(model.parameters()).device)
     total = epochs * (steps_per_epoch := math.ceil(len(batches(0)) / accumulate))
     if freezer and (planned := freezer.schedule["total_steps"]) != total:
@@ -562,17 +572,58 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
     optimizer = torch.optim.AdamW(list(groups.values()), fused=True)  # skips steps on the device
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     autocast = torch.autocast(device.type, COMPUTE_TYPES[precision], enabled=precision != "fp32")
-    attempted, skipped, step, logged, seconds, history = 0, 0, 0, 0, 0.0, []  # step: completed
+    # Where the run is. step: completed ones; sums: since the last line, of losses, of skipped steps
+    # and of steps since the first skipped one.
+    at = types.SimpleNamespace(
+        attempted=0, step=0, skipped=0, logged=0, seconds=0.0, epoch_loss=0.0, history=[], log=[],
+        sums=torch.zeros(3, device=device))
+    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    values = {n: value for n, value in model.state_dict().items() if n not in frozen}
+    plan = dict(epochs=epochs, steps=total, lr=lr, head_lr=head_lr, precision=precision, clip=clip,
+                accumulate=accumulate, warmup=warmup, weight_decay=weight_decay,
+                schedule=freezer and freezer.schedule, **getattr(model, "adapter_config", {}))
+
+    def read_sums():
+        losses, skips, since = at.sums.tolist()  # the one transfer from the device
+        if not math.isfinite(losses) or (skips and precision != "fp16"):
+            raise AFLoRAError(f"loss or gradient not finite from step {at.attempted - since + 1:.0f}"
+                              f" on, learning rate {optimizer.param_groups[0]['lr']:.1e}: lower lr")
+        return losses, int(skips)
+
+    def save():
+        read_sums()  # never after a bad step
+        random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        write_file(checkpoint, dict(
+            format=CHECKPOINT_FORMAT, plan=plan, label=label, values=values, at=vars(at),
+            random=random, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+            freezer=freezer and freezer.state_dict()))
+
+    if resume:
+        content = read_file(checkpoint, CHECKPOINT_FORMAT)
+        with blame(checkpoint):
+            expect_equal(content["plan"], plan)
+            for name, value in values.items():
+                value.copy_(content["values"][name])
+            optimizer.load_state_dict(content["optimizer"])
+            scaler.load_state_dict(content["scaler"])
+            if freezer:
+                freezer.load_state_dict(content["freezer"], optimizer)
+            torch.set_rng_state(content["random"][0])
+            torch.cuda.set_rng_state_all(content["random"][1:])
+            vars(at).update(content["at"], sums=content["at"]["sums"].to(device))
+            for line in at.log if on_log else ():
+                on_log(line)
     looks = freezer.looks if freezer else ()
-    sums = torch.zeros(2, device=device)  # since the last logged line: losses, skipped steps
-    bar = tqdm(total=total, unit="step", mininterval=1)
+    bar = tqdm(total=total, initial=at.attempted, unit="step", mininterval=1)
     with frozen_weights_in(model, COMPUTE_TYPES[precision]), bar:
-        for epoch in range(epochs):
+        for epoch in range(at.attempted // steps_per_epoch, epochs):
             model.train()
-            began, examples, epoch_loss = time.perf_counter(), 0, 0.0
-            waiting = iter(batches(epoch))
+            began, examples = time.perf_counter(), 0
+            done = at.attempted % steps_per_epoch * accumulate  # by the run that this one resumes
+            waiting = itertools.islice(batches(epoch), done, None)
             while micro_batches := list(itertools.islice(waiting, accumulate)):
-                factor = min((step + 1) / (warmup * total + 1), (1 - step / total) / (1 - warmup))
+                factor = min((at.step + 1) / (warmup * total + 1),
+                             (1 - at.step / total) / (1 - warmup))
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * factor
                 for batch in micro_batches:
@@ -580,7 +631,7 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
                     with autocast:
                         batch_loss = loss(model, to_device(batch, device)) / len(micro_batches)
                     scaler.scale(batch_loss).backward()
-                    sums[0] += batch_loss.detach()
+                    at.sums[0] += batch_loss.detach()
                 live = [p for p in model.parameters() if p.grad is not None]
                 if on_gradients:
                     on_gradients(live)
@@ -593,40 +644,52 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
                 optimizer.found_inf = found_inf.float()  # AdamW skips the step; the scaler agrees
                 scaler.step(optimizer)
                 scaler.update()
-                sums[1] += found_inf
-                attempted, step = attempted + 1, step + 1
+                at.sums[1] += found_inf
+                at.sums[2] += at.sums[1] > 0
+                at.attempted, at.step = at.attempted + 1, at.step + 1
                 bar.update()
-                if attempted % steps_per_epoch == 0 or step % LOG_EVERY == 0 or step in looks:
-                    losses, skips = sums.tolist()  # one transfer: hereafter `step` is exact again
-                    sums.zero_()
-                    if not math.isfinite(losses) or (skips and precision != "fp16"):
-                        raise AFLoRAError(f"loss or gradient not finite, just before step {step}, "
-                                          f"learning rate {lr * factor:.1e}: lower lr or clip")
-                    skipped, epoch_loss = skipped + int(skips), epoch_loss + losses
-                    step, since, logged = attempted - skipped, attempted - logged, attempted
-                    speed = examples / (time.perf_counter() - began)
-                    line = dict(epoch=epoch + 1, step=step, loss=losses / since, lr=lr * factor,
-                                skipped=skipped, examples_per_second=speed)
+                epoch_ends = at.attempted % steps_per_epoch == 0
+                if epoch_ends or at.step % LOG_EVERY == 0 or at.step in looks:
+                    losses, skips = read_sums()
+                    at.sums.zero_()
+                    at.skipped, at.epoch_loss = at.skipped + skips, at.epoch_loss + losses
+                    at.step, since = at.attempted - at.skipped, at.attempted - at.logged
+                    now, at.logged = time.perf_counter(), at.attempted
+                    speed, at.seconds = examples / (now - began), at.seconds + now - began
+                    began, examples = now, 0
+                    line = dict(epoch=epoch + 1, step=at.step, loss=losses / since, lr=lr * factor,
+                                skipped=at.skipped, examples_per_second=speed)
                     shown = f"loss {line['loss']:.3f}  lr {lr * factor:.1e}  {speed:.0f} examples/s"
                     if freezer:
-                        freezer.freeze(step, optimizer)
+                        freezer.freeze(at.step, optimizer)
                         k, n, r = len(freezer.frozen_at), len(freezer.matrices), freezer.shares()[0]
                         line |= dict(frozen=k, matrices=n, scheduled=r)
                         shown += f"  frozen {k}/{n} (scheduled {r:.2f})"
                     bar.set_postfix_str(shown, refresh=False)
+                    at.log.append(line)
                     if on_log:
                         on_log(line)
                 optimizer.zero_grad(set_to_none=True)
-            if attempted != (epoch + 1) * steps_per_epoch or not attempted:
-                raise AFLoRAError("batches(epoch) must hold as many in each epoch, at least one")
-            seconds += time.perf_counter() - began
-            history.append(dict(epoch=epoch + 1, step=step, loss=epoch_loss / steps_per_epoch))
+                interrupted = stop and stop()
+                every = checkpoint_every and at.attempted % checkpoint_every == 0
+                if checkpoint and (interrupted or every) and not epoch_ends:
+                    save()
+                if interrupted and not epoch_ends:
+                    raise KeyboardInterrupt
+            if at.attempted != (epoch + 1) * steps_per_epoch:
+                raise AFLoRAError("batches(epoch) must hold as many in each epoch")
+            at.history.append(dict(epoch=epoch + 1, step=at.step, loss=at.epoch_loss / steps_per_epoch))
+            at.epoch_loss = 0.0
             if evaluate:
                 model.eval()
                 with torch.no_grad(), autocast:
-                    history[-1] |= evaluate(model)
-            bar.write("  ".join(f"{key} {value:.4g}" for key, value in history[-1].items()))
-    return dict(history=history, steps=step, skipped=skipped, seconds=seconds)
+                    at.history[-1] |= evaluate(model)
+            bar.write("  ".join(f"{key} {value:.4g}" for key, value in at.history[-1].items()))
+            if checkpoint:
+                save()
+            if stop and stop():
+                raise KeyboardInterrupt
+    return dict(history=at.history, steps=at.step, skipped=at.skipped, seconds=at.seconds)
 
 
 def demo(steps=300, t_i=50, t_f=100, watched="2.lora_A"):

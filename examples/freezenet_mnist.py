@@ -1,0 +1,225 @@
+"""FreezeNet on MNIST: which few weights train is decided once, before training; the rest never moves.
+
+    python examples/freezenet_mnist.py --quick       one seed, 157 x fewer trained values: 3 minutes
+    python examples/freezenet_mnist.py               all runs, about an hour on 2 cores; resumable
+    pip install matplotlib                           for the plot
+
+LeNet-5-Caffe (431,080 parameters) as a dense network, as FreezeNet with both saliencies, as SNIP
+(Lee et al., arXiv 1810.02340: as many weights, chosen by |w * grad L|, the others zero) and with a
+random choice of the trained weights, the others at their random start. Every run appends a line to
+results/freezenet_mnist.jsonl and is not run again; the table and figures/freezenet_mnist.png are
+made from that file. MNIST's four files lie in --data (or $AFLORA_DATA, in either a folder MNIST),
+in the cache, or are fetched; their content is checked by its sha256.
+"""
+
+import argparse, contextlib, gzip, hashlib, io, json, os, statistics, sys, tempfile, time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+os.environ["TQDM_DISABLE"] = "1"  # several runs at once: their bars would mix
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn as nn  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import aflora  # noqa: E402
+import train_glue_small as companion  # noqa: E402
+
+SOURCE = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+FILES = {  # sha256 of the unpacked file, and the shape after its header
+    "train-images-idx3-ubyte": (
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db", (60000, 1, 28, 28)),
+    "train-labels-idx1-ubyte": (
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5", (60000,)),
+    "t10k-images-idx3-ubyte": (
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7", (10000, 1, 28, 28)),
+    "t10k-labels-idx1-ubyte": (
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2", (10000,))}
+PARAMETERS = 431_080
+SEEDS = {10: 3, 50: 3, 157: 5, 500: 3}  # factor of fewer trained values: seeds
+# arm: saliency (None: random), the others are zeroed, peak learning rate of AdamW
+ARMS = {"dense": (None, False, 1e-3),
+        "FreezeNet |grad|": ("gradient", False, 1e-2),
+        "FreezeNet |w grad|": ("gradient-weight", False, 1e-2),
+        "SNIP": ("gradient-weight", True, 1e-2),
+        "random, frozen": (None, False, 1e-2)}
+EPOCHS, QUICK_EPOCHS, BATCH, SCORED = 12, 8, 100, 1000  # SCORED: images that decide
+
+
+def load(name, folder):
+    """The content of one of MNIST's files as a uint8 tensor, from `folder`, the cache or the net."""
+    expected, shape = FILES[name]
+    places = [Path(folder, "MNIST")] * bool(folder) + [companion.CACHE / "MNIST"]
+    paths = [place / file for place in places for file in (name, f"{name}.gz")]
+    path = next((path for path in paths if path.exists()), None)
+    with aflora.blame(path or SOURCE + name):
+        data = path.read_bytes() if path else companion.download(f"{SOURCE}{name}.gz")
+        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        if (found := hashlib.sha256(data).hexdigest()) != expected:
+            raise aflora.AFLoRAError(f"sha256 of its content is {found}, expected {expected}")
+    if not path:
+        paths[-2].parent.mkdir(parents=True, exist_ok=True)
+        aflora.write_file(paths[-2], data)
+    return torch.from_numpy(np.frombuffer(data, np.uint8)[-int(np.prod(shape)):].reshape(shape).copy())
+
+
+def lenet():
+    """LeNet-5-Caffe: images (N, 1, 28, 28) -> logits (N, 10)."""
+    return nn.Sequential(nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5),
+                         nn.MaxPool2d(2), nn.Flatten(), nn.Linear(800, 500), nn.ReLU(),
+                         nn.Linear(500, 10))
+
+
+def freeze(model, arm, factor, images, labels, seed):
+    """Leaves PARAMETERS / factor elements of `model` trainable, chosen as `arm` says."""
+    sensitivity, zeroed, _ = ARMS[arm]
+    random = torch.Generator().manual_seed(seed)
+    if sensitivity:
+        rows = torch.randperm(len(images), generator=random)[:SCORED]
+        loss = lambda model: F.cross_entropy(model(images[rows]), labels[rows])  # noqa: E731
+        aflora.freeze_one_shot(model, loss, 1 / factor, sensitivity)
+    else:
+        mask = torch.randperm(PARAMETERS, generator=random) < round(PARAMETERS / factor)
+        parts = mask.split([p.numel() for p in model.parameters()])
+        names = [name for name, _ in model.named_parameters()]
+        aflora.keep_elements(model, dict(zip(names, parts)))
+    if zeroed:
+        for module in model.modules():
+            if isinstance(module, aflora.Kept):
+                module.start.zero_()
+        for p in (p for p in model.parameters() if not p.requires_grad):
+            p.data.zero_()
+
+
+def run(arm, factor, seed, epochs, data):
+    """Trains one network; returns its line of the results file."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = companion.choose_precision("auto", device)
+    torch.set_num_threads(1)  # one run a core: small convolutions gain little from a second
+    images, labels, test_images, test_labels = data
+    model = lenet()
+    aflora.seed_weights(model, seed)
+    if arm != "dense":
+        freeze(model, arm, factor, images, labels, seed)
+    model.to(device, memory_format=torch.channels_last)
+
+    def batches(epoch):
+        random = torch.Generator().manual_seed(1000 * seed + epoch)
+        groups = torch.randperm(len(images), generator=random).split(BATCH)
+        return torch.utils.data.DataLoader(groups, batch_size=None, generator=random,
+                                           collate_fn=lambda rows: (images[rows], labels[rows]))
+
+    def evaluate(model):
+        hits = sum((model(x.to(device)).argmax(1).cpu() == y).sum().item()
+                   for x, y in zip(test_images.split(1000), test_labels.split(1000)))
+        return dict(accuracy=100 * hits / len(test_labels))
+
+    began = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):  # train()'s line per epoch
+        report = aflora.train(model, batches, lambda model, batch: F.cross_entropy(
+            model(batch[0]).float(), batch[1]), epochs=epochs, lr=ARMS[arm][2],
+            precision=precision, evaluate=evaluate)
+    seconds = time.perf_counter() - began
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "net.pt")
+        aflora.save_adapter(model, path)
+        stored = path.stat().st_size
+    accuracies = [epoch["accuracy"] for epoch in report["history"]]
+    return dict(arm=arm, factor=factor, seed=seed, epochs=epochs, lr=ARMS[arm][2],
+                accuracy=accuracies[-1], best_accuracy=max(accuracies), bytes=stored,
+                trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+                seconds=seconds, precision=precision, torch=torch.__version__,
+                device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
+
+
+def table(results):
+    """Mean and spread of every arm and factor as the rows of a Markdown table."""
+    dense = statistics.mean(r["accuracy"] for r in results if r["arm"] == "dense")
+    dense_bytes = next(r["bytes"] for r in results if r["arm"] == "dense")
+    lines = ["| network | trained values | seeds | test accuracy | of dense | file, bytes | dense / file |",
+             "|---|---|---|---|---|---|---|"]
+    for arm, factor in dict.fromkeys((r["arm"], r["factor"]) for r in results):
+        cell = [r for r in results if (r["arm"], r["factor"]) == (arm, factor)]
+        values = [r["accuracy"] for r in cell]
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        stored, mean = max(r["bytes"] for r in cell), statistics.mean(values)
+        lines.append(f"| {arm}{f', x{factor}' * (arm != 'dense')} | {cell[0]['trained']:,} | {len(cell)} | "
+                     f"{mean:.2f}{spread} | {100 * mean / dense:.2f} % | {stored:,} | {dense_bytes / stored:.0f} |")
+    return "\n".join(lines)
+
+
+def plot(results, path):
+    """Test accuracy against the factor, a line an arm, error bars of one standard deviation."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("no plot: pip install matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    dense = [r["accuracy"] for r in results if r["arm"] == "dense"]
+    axes.axhline(statistics.mean(dense), color="gray", linestyle="--", label="dense")
+    for (arm, marker) in zip(list(ARMS)[1:], "osD^"):
+        factors = [f for f in SEEDS if any((r["arm"], r["factor"]) == (arm, f) for r in results)]
+        cells = [[r["accuracy"] for r in results if (r["arm"], r["factor"]) == (arm, f)]
+                 for f in factors]
+        axes.errorbar(factors, [statistics.mean(c) for c in cells], marker=marker, capsize=3,
+                      yerr=[statistics.stdev(c) if len(c) > 1 else 0 for c in cells], label=arm)
+    axes.set(xscale="log", xlabel="times fewer trained values than the dense 431,080",
+             ylabel="test accuracy (%), last epoch", title="LeNet-5-Caffe on MNIST")
+    axes.set_xticks(list(SEEDS), [f"{factor}" for factor in SEEDS])
+    axes.legend()
+    axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    print(f"plot: {path}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    flag("--quick", action="store_true", help=f"one seed, x157, {QUICK_EPOCHS} epochs, own file")
+    flag("--data", default=os.environ.get("AFLORA_DATA"), help="folder with MNIST/; None: fetch")
+    flag("--jobs", type=int, default=os.cpu_count(), help="runs at once, one core each")
+    flag("--out", help="results file; %(default)s: results/freezenet_mnist[_quick].jsonl")
+    args = parser.parse_args()
+    name = "freezenet_mnist_quick" if args.quick else "freezenet_mnist"
+    path = Path(args.out or ROOT / f"results/{name}.jsonl")
+    epochs = QUICK_EPOCHS if args.quick else EPOCHS
+    plan = [("dense", 1, seed) for seed in range(1 if args.quick else max(SEEDS.values()))]
+    plan += [(arm, factor, seed) for factor, seeds in ({157: 1} if args.quick else SEEDS).items()
+             for arm in list(ARMS)[1:] for seed in range(seeds)]
+    results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    results = [r for r in results if r["epochs"] == epochs]
+    done = {(r["arm"], r["factor"], r["seed"]) for r in results}
+    waiting = [cell for cell in plan if cell not in done]
+    print(f"{len(plan)} runs of {epochs} epochs, {len(waiting)} still to do", flush=True)
+    try:
+        images, labels, test_images, test_labels = (load(file, args.data) for file in FILES)
+    except (aflora.AFLoRAError, OSError) as error:
+        sys.exit(f"error: {error}")
+    scale = lambda x: ((x.float() / 255 - 0.1307) / 0.3081).contiguous(  # noqa: E731
+        memory_format=torch.channels_last)  # mean and deviation of MNIST's pixels
+    data = scale(images), labels.long(), scale(test_images), test_labels.long()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    jobs = 1 if torch.cuda.is_available() else args.jobs
+    with ProcessPoolExecutor(jobs, torch.multiprocessing.get_context("spawn")) as pool, path.open("a") as file:
+        futures = [pool.submit(run, *cell, epochs, data) for cell in waiting]
+        for future in as_completed(futures):
+            result = future.result()
+            results.append(result)
+            print(json.dumps(result), file=file, flush=True)
+            print("{arm}, x{factor}, seed {seed}: {accuracy:.2f} %, {seconds:.0f} s".format(**result),
+                  flush=True)
+    order = [(arm, factor) for arm, factor, _ in plan]
+    results.sort(key=lambda r: (order.index((r["arm"], r["factor"])), r["seed"]))
+    print(table(results))
+    if not args.quick:
+        plot(results, ROOT / "figures/freezenet_mnist.png")
+
+
+if __name__ == "__main__":
+    main()
