@@ -1564,6 +1564,30 @@ def assert_same_folders(one, other):
     assert contents[0] == contents[1]
 
 
+def test_killed_runs_resume(monkeypatch):
+    """The short version of benchmarks/kill.py: SIGKILL at random moments loses nothing."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "benchmarks")
+    import kill
+    assert kill.main(2) == 2
+
+
+def test_a_full_disk_is_named_and_spares_the_checkpoint(folder):
+    """With a limit on the size of files the first checkpoint fails: one line names the file, exit
+    code 2, nothing half-written; a good one that was there before is still there."""
+    (folder / "out").mkdir()
+    (folder / "out/checkpoint.pt").write_bytes(b"the last good one")
+    limited = ("import resource, sys, train_glue_small as t; "
+               "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); sys.exit(t.main())")
+    done = subprocess.run(
+        [sys.executable, "-c", limited, "--task", "sst2", "--model", ".", "--data", ".", "--out",
+         "out"], cwd=folder, env=dict(os.environ, PYTHONPATH=str(Path(__file__).parent)),
+        capture_output=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: out/checkpoint.pt: ")
+    assert (folder / "out/checkpoint.pt").read_bytes() == b"the last good one"
+    assert not list(folder.rglob("*.part"))
+
+
 # ---------------------------------------------------------------------------------- the README
 
 def test_the_code_in_the_readme_runs(tmp_path, monkeypatch):
