@@ -1067,7 +1067,7 @@ CONFIG = dict(
     num_attention_heads=4, intermediate_size=48, max_position_embeddings=128, type_vocab_size=2,
     layer_norm_eps=1e-12, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
 WORDS = ("[PAD] [UNK] [CLS] [SEP] [MASK] a the good bad fine poor movie film plot is was not "
-         "##s").split()
+         "##s").split() + [f"word{i}" for i in range(42)]
 MRPC_HEADER = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
 
 

@@ -185,12 +185,16 @@ def read_weights(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     kinds = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
     data, tensors = bytearray(path.read_bytes()), {}
-    start = 8 + int.from_bytes(data[:8], "little")
-    for name, entry in json.loads(data[8:start]).items():
-        if name != "__metadata__":
-            begin, end = (start + offset for offset in entry["data_offsets"])
-            values = torch.frombuffer(data[begin:end], dtype=kinds[entry["dtype"]])
-            tensors[name] = values.reshape(entry["shape"])
+    end = start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header.pop("__metadata__", None)
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, expected, (_, stop) = start + entry["data_offsets"][0], end, entry["data_offsets"]
+        end = start + stop
+        if begin != expected or end > len(data):
+            raise AFLoRAError(f"{name} is said to lie at {entry['data_offsets']}: not in order")
+        values = torch.frombuffer(data[begin:end], dtype=kinds[entry["dtype"]])
+        tensors[name] = values.reshape(entry["shape"])
     return tensors
 
 
@@ -423,6 +427,8 @@ def freeze_map(model, frozen_at, first, last):
 
 def choose_precision(amp, device):
     """bf16 where the device computes in it natively, else fp16 on CUDA (a T4), else fp32."""
+    if amp == "fp16" and device.type != "cuda":
+        raise AFLoRAError("--amp fp16 needs a CUDA device: on a CPU choose bf16 or off")
     if amp != "auto":
         return "fp32" if amp == "off" else amp
     if device.type == "cuda":
@@ -447,8 +453,8 @@ def prepare(args, device):
     with blame(path):
         config = dict(do_lower_case=True) | json.loads(path.read_bytes() if path.exists() else "{}")
     tokenizer = WordPieceTokenizer(folder / "vocab.txt", config["do_lower_case"])
-    if len(tokenizer.vocab) > model.encoder.word_embeddings.num_embeddings:
-        raise AFLoRAError(f"{folder / 'vocab.txt'} has more tokens than the weights have rows")
+    if len(tokenizer.vocab) != (rows := model.encoder.word_embeddings.num_embeddings):
+        raise AFLoRAError(f"{folder / 'vocab.txt'}: {len(tokenizer.vocab)} tokens, the weights: {rows}")
     return model.to(device), tokenizer, str(folder)
 
 
