@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import unicodedata
 import warnings
 import zipfile
@@ -1260,7 +1261,9 @@ BAD_FILES = [("model.safetensors", content) for content in (
     b"", GOOD[:4], GOOD[:999], GOOD[:-1], b"\xff" * 7 + b"\x7f" + GOOD[8:],
     b"\2" + bytes(7) + b"[]", b"\5" + bytes(7) + b"{JSON", safetensors(checkpoint(), dtype="F4"),
     safetensors({name: tensor for name, tensor in checkpoint().items() if name != LACKED}),
-    safetensors(checkpoint(), shape=[2]), safetensors(checkpoint(inner=40)))
+    safetensors(checkpoint(), shape=[2]), safetensors(checkpoint(inner=40)),
+    *(safetensors(checkpoint(), data_offsets=offsets) for offsets in (
+        [0, 4], [-4, 0], [10**15, 10**15 + 4], [0, "4"])))
 ] + [("pytorch_model.bin", content) for content in (b"", b"PK", {"a": Touch()}, [], {"a": 1})
 ] + [("model.safetensors", None)] + [("config.json", content) for content in (None, b"[]", b"{", *(
     json.dumps(CONFIG | change).encode() for change in (
@@ -1269,15 +1272,19 @@ BAD_FILES = [("model.safetensors", content) for content in (
 
 
 @pytest.mark.parametrize("file, content", BAD_FILES)
-def test_bad_model_files(folder, monkeypatch, file, content):
-    """Missing, cut, wrong or lacking something: refused by name; and no file can run code."""
+def test_bad_model_files(folder, monkeypatch, capsys, file, content):
+    """Missing, cut, wrong or lacking something: refused by name, on the command line with exit
+    code 2 and one line; no file can run code, and nothing is written."""
     monkeypatch.chdir(folder)
     os.remove("model.safetensors" if file == "pytorch_model.bin" else file)
     if content is not None:
         Path(file).write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
     with pytest.raises(AFLoRAError, match=file):
         load_tiny(folder)
-    assert not Path("touched").exists()
+    assert run_main(folder, "") == 2
+    message = capsys.readouterr().err
+    assert file in message and message.count("\n") == 1 and "Traceback" not in message
+    assert not Path("touched").exists() and not any((folder / "out").iterdir())
 
 
 def test_load_task(folder):
@@ -1367,6 +1374,29 @@ def test_bad_fetch(monkeypatch, reply, members, message):
     with pytest.raises(AFLoRAError, match=message):
         glue.fetch("x/file")
     assert not [p for p in glue.CACHE.rglob("*") if p.is_file()]
+
+
+def test_a_server_that_hangs(monkeypatch):
+    """A server that takes the call and says nothing costs seconds, not for ever, and is not asked
+    for the next file."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        for name in "xy":
+            monkeypatch.setitem(glue.FILES, name, (CONTENT, address + name))
+        began = time.perf_counter()
+        for name in "xy":
+            with pytest.raises(glue.Unreachable, match=f"{name} cannot be fetched.*timed out"):
+                glue.fetch(name)
+        assert time.perf_counter() - began < 9
+    assert not glue.CACHE.exists()
+
+
+def test_damaged_files_are_read_rightly_or_refused(monkeypatch):
+    """The short version of benchmarks/fuzz.py: 600 mutated files, no other error, no wrong value."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "benchmarks")
+    import fuzz
+    counts = fuzz.main(600)
+    assert len(counts) == 4 and all(read > 0 and refused > 0 for read, refused in counts.values())
 
 
 def test_without_network(folder, monkeypatch):
@@ -1586,6 +1616,54 @@ def test_a_full_disk_is_named_and_spares_the_checkpoint(folder):
     assert done.stderr.splitlines()[-1].startswith("error: out/checkpoint.pt: ")
     assert (folder / "out/checkpoint.pt").read_bytes() == b"the last good one"
     assert not list(folder.rglob("*.part"))
+
+
+def distributed(folder, processes, *flags):
+    """Starts examples/distributed.py on the tiny BERT, which has no dropout here."""
+    (folder / "config.json").write_text(json.dumps(CONFIG | dict(hidden_dropout_prob=0.0)))
+    script = Path(__file__).parent / "examples/distributed.py"
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         f"--nproc_per_node={processes}", str(script), "--task", "sst2", "--model", ".", "--data",
+         ".", "--amp", "off", "--out", f"out{processes}", *flags], cwd=folder, encoding="utf-8",
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS="1"))
+
+
+def test_two_processes_train_as_one(folder):
+    """The same global batches on one and on two gloo processes: the same freezing steps, weights
+    equal within float tolerance, both ranks bit-equal, less to send when everything is frozen."""
+    flags = ["--epochs", "8", "--batch-size", "5"]  # 24 rows: the last batch of 4 is shared, too
+    results, adapters = [], []
+    for processes in (1, 2):
+        process = distributed(folder, processes, *flags)
+        out, errors = process.communicate(timeout=100)
+        assert process.returncode == 0, errors
+        results.append(json.loads((folder / f"out{processes}/result.json").read_text()))
+        adapters.append(torch.load(folder / f"out{processes}/adapter.pt", weights_only=True))
+        assert out.count("ranks_equal") == 1  # rank 0 alone prints
+    one, two = results
+    assert one["frozen_at"] == two["frozen_at"] and len(two["frozen_at"]) == 8
+    assert two["ranks_equal"] and two["processes"] == 2
+    assert two["bytes_per_step_all_frozen"] == two["bytes_per_step"] - 4 * 2 * 2 * 4 * (32 + 48)
+    for name, value in adapters[0]["learned"].items():
+        torch.testing.assert_close(adapters[1]["learned"][name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_process_that_dies_ends_the_run(folder):
+    """One of two processes is killed while they train: the run ends with an error in a minute."""
+    process = distributed(folder, 2, "--epochs", "100000")
+    try:
+        line = ""
+        while "epoch 20 " not in line:
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        began = time.perf_counter()
+        process.communicate(timeout=60)
+        assert process.returncode != 0 and time.perf_counter() - began < 60
+    finally:
+        process.kill()
 
 
 # ---------------------------------------------------------------------------------- the README

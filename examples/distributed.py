@@ -93,7 +93,7 @@ def train(args, device):
     report = aflora.train(
         model, lambda epoch: Share(examples, examples.batches(size, args.seed, epoch).dataset),
         loss, epochs=epochs, lr=lr, head_lr=head_lr, freezer=freezer, precision=precision,
-        weight_decay=companion.WEIGHT_DECAY, on_gradients=average, on_log=average.check,
+        weight_decay=0.01, on_gradients=average, on_log=average.check,
         evaluate=lambda model: companion.metrics(
             companion.predict(model, dev, precision), dev.labels))
     values = b"".join(value.cpu().numpy().tobytes() for value in aflora.saved_values(model).values())

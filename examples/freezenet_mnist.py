@@ -1,15 +1,15 @@
-"""FreezeNet on MNIST: which few weights train is decided once, before training; the rest never moves.
+"""FreezeNet on MNIST: one pass before training decides which few weights train; the rest never move.
 
     python examples/freezenet_mnist.py --quick       one seed, 157 x fewer trained values: 3 minutes
     python examples/freezenet_mnist.py               all runs, about an hour on 2 cores; resumable
     pip install matplotlib                           for the plot
 
-LeNet-5-Caffe (431,080 parameters) as a dense network, as FreezeNet with both saliencies, as SNIP
-(Lee et al., arXiv 1810.02340: as many weights, chosen by |w * grad L|, the others zero) and with a
-random choice of the trained weights, the others at their random start. Every run appends a line to
-results/freezenet_mnist.jsonl and is not run again; the table and figures/freezenet_mnist.png are
-made from that file. MNIST's four files lie in --data (or $AFLORA_DATA, in either a folder MNIST),
-in the cache, or are fetched; their content is checked by its sha256.
+LeNet-5-Caffe (431,080 parameters; a ReLU behind each pooling) as a dense network, as FreezeNet with
+both saliencies, as SNIP (Lee et al., arXiv 1810.02340: as many weights, chosen by |w * grad L|, the
+others zero) and with a random choice of the trained weights, the others at their random start. Each
+run appends a line to results/freezenet_mnist.jsonl and is not run again; the table and
+figures/freezenet_mnist.png are made from that file. MNIST's four files lie in MNIST/ in the folder
+--data (or $AFLORA_DATA), else in the cache, or are fetched; their content is checked by its sha256.
 """
 
 import argparse, contextlib, gzip, hashlib, io, json, os, statistics, sys, tempfile, time
@@ -45,7 +45,8 @@ ARMS = {"dense": (None, False, 1e-3),
         "FreezeNet |w grad|": ("gradient-weight", False, 1e-2),
         "SNIP": ("gradient-weight", True, 1e-2),
         "random, frozen": (None, False, 1e-2)}
-EPOCHS, QUICK_EPOCHS, BATCH, SCORED = 12, 8, 100, 1000  # SCORED: images that decide
+EPOCHS, QUICK_EPOCHS, BATCH, SCORED = 10, 6, 100, 10_000  # SCORED: images that decide
+DATA = []  # of this process: images, labels, test images, test labels
 
 
 def load(name, folder):
@@ -62,14 +63,24 @@ def load(name, folder):
     if not path:
         paths[-2].parent.mkdir(parents=True, exist_ok=True)
         aflora.write_file(paths[-2], data)
-    return torch.from_numpy(np.frombuffer(data, np.uint8)[-int(np.prod(shape)):].reshape(shape).copy())
+    values = np.frombuffer(data, np.uint8)[-int(np.prod(shape)):]  # behind the header
+    return torch.from_numpy(values.reshape(shape).copy())
+
+
+def start_process(folder):
+    """Loads MNIST once in every process; one thread, for small convolutions gain little by more."""
+    torch.set_num_threads(1)
+    images, labels, test_images, test_labels = (load(name, folder) for name in FILES)
+    scale = lambda x: ((x.float() / 255 - 0.1307) / 0.3081).contiguous(  # noqa: E731
+        memory_format=torch.channels_last)  # mean and deviation of MNIST's pixels
+    DATA[:] = scale(images), labels.long(), scale(test_images), test_labels.long()
 
 
 def lenet():
     """LeNet-5-Caffe: images (N, 1, 28, 28) -> logits (N, 10)."""
-    return nn.Sequential(nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5),
-                         nn.MaxPool2d(2), nn.Flatten(), nn.Linear(800, 500), nn.ReLU(),
-                         nn.Linear(500, 10))
+    return nn.Sequential(
+        nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(20, 50, 5), nn.MaxPool2d(2),
+        nn.ReLU(), nn.Flatten(), nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10))
 
 
 def freeze(model, arm, factor, images, labels, seed):
@@ -93,12 +104,11 @@ def freeze(model, arm, factor, images, labels, seed):
             p.data.zero_()
 
 
-def run(arm, factor, seed, epochs, data):
+def run(arm, factor, seed, epochs):
     """Trains one network; returns its line of the results file."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = companion.choose_precision("auto", device)
-    torch.set_num_threads(1)  # one run a core: small convolutions gain little from a second
-    images, labels, test_images, test_labels = data
+    images, labels, test_images, test_labels = DATA
     model = lenet()
     aflora.seed_weights(model, seed)
     if arm != "dense":
@@ -138,15 +148,16 @@ def table(results):
     """Mean and spread of every arm and factor as the rows of a Markdown table."""
     dense = statistics.mean(r["accuracy"] for r in results if r["arm"] == "dense")
     dense_bytes = next(r["bytes"] for r in results if r["arm"] == "dense")
-    lines = ["| network | trained values | seeds | test accuracy | of dense | file, bytes | dense / file |",
+    lines = ["| network | trained values | seeds | test accuracy | of dense | bytes | dense / file |",
              "|---|---|---|---|---|---|---|"]
     for arm, factor in dict.fromkeys((r["arm"], r["factor"]) for r in results):
         cell = [r for r in results if (r["arm"], r["factor"]) == (arm, factor)]
         values = [r["accuracy"] for r in cell]
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         stored, mean = max(r["bytes"] for r in cell), statistics.mean(values)
-        lines.append(f"| {arm}{f', x{factor}' * (arm != 'dense')} | {cell[0]['trained']:,} | {len(cell)} | "
-                     f"{mean:.2f}{spread} | {100 * mean / dense:.2f} % | {stored:,} | {dense_bytes / stored:.0f} |")
+        name = arm + f", x{factor}" * (arm != "dense")
+        lines.append(f"| {name} | {cell[0]['trained']:,} | {len(cell)} | {mean:.2f}{spread} | "
+                     f"{100 * mean / dense:.2f} % | {stored:,} | {dense_bytes / stored:.0f} |")
     return "\n".join(lines)
 
 
@@ -198,22 +209,19 @@ def main():
     waiting = [cell for cell in plan if cell not in done]
     print(f"{len(plan)} runs of {epochs} epochs, {len(waiting)} still to do", flush=True)
     try:
-        images, labels, test_images, test_labels = (load(file, args.data) for file in FILES)
+        start_process(args.data)  # here, too: so that a missing file is one clear error
     except (aflora.AFLoRAError, OSError) as error:
         sys.exit(f"error: {error}")
-    scale = lambda x: ((x.float() / 255 - 0.1307) / 0.3081).contiguous(  # noqa: E731
-        memory_format=torch.channels_last)  # mean and deviation of MNIST's pixels
-    data = scale(images), labels.long(), scale(test_images), test_labels.long()
     path.parent.mkdir(parents=True, exist_ok=True)
     jobs = 1 if torch.cuda.is_available() else args.jobs
-    with ProcessPoolExecutor(jobs, torch.multiprocessing.get_context("spawn")) as pool, path.open("a") as file:
-        futures = [pool.submit(run, *cell, epochs, data) for cell in waiting]
-        for future in as_completed(futures):
-            result = future.result()
-            results.append(result)
-            print(json.dumps(result), file=file, flush=True)
-            print("{arm}, x{factor}, seed {seed}: {accuracy:.2f} %, {seconds:.0f} s".format(**result),
-                  flush=True)
+    context = torch.multiprocessing.get_context("spawn")
+    with (ProcessPoolExecutor(jobs, context, start_process, (args.data,)) as pool,
+          path.open("a") as file):
+        for future in as_completed([pool.submit(run, *cell, epochs) for cell in waiting]):
+            results.append(future.result())
+            print(json.dumps(results[-1]), file=file, flush=True)
+            print("{arm}, x{factor}, seed {seed}: {accuracy:.2f} %, {seconds:.0f} s".format(
+                **results[-1]), flush=True)
     order = [(arm, factor) for arm, factor, _ in plan]
     results.sort(key=lambda r: (order.index((r["arm"], r["factor"])), r["seed"]))
     print(table(results))
