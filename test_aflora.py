@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import unicodedata
@@ -965,7 +966,7 @@ def resumable(path, precision="fp32", **options):
 
 
 def stop_after(steps):
-    """A stop() of train() that is true from its call number `steps` on: one a step, two at epochs."""
+    """A stop() of train() that is true from its call number `steps` on."""
     calls = itertools.count(1)
     return lambda: next(calls) >= steps
 
@@ -1034,7 +1035,7 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
 
 
 def test_no_checkpoint_after_a_bad_step(tmp_path):
-    """A run that meets a NaN stops, names its first bad step, and leaves the last good checkpoint."""
+    """A run that meets a NaN stops, names its first bad step, leaves the last good checkpoint."""
     batches = data(batches=6)
     options = dict(epochs=2, lr=1e-2, checkpoint=tmp_path / "c.pt", checkpoint_every=2)
     bad = [(x * math.nan, y) if i == 2 else (x, y) for i, (x, y) in enumerate(batches)]
@@ -1392,7 +1393,7 @@ def test_a_server_that_hangs(monkeypatch):
 
 
 def test_damaged_files_are_read_rightly_or_refused(monkeypatch):
-    """The short version of benchmarks/fuzz.py: 600 mutated files, no other error, no wrong value."""
+    """The short version of benchmarks/fuzz.py: 600 mutated files, no other error or value."""
     monkeypatch.syspath_prepend(Path(__file__).parent / "benchmarks")
     import fuzz
     counts = fuzz.main(600)
@@ -1530,7 +1531,8 @@ def test_methods(folder, method):
     vectors, ffn, attention = 2 * (6 * 4 + 5 * 32 + 48), 2 * 2 * 4 * (32 + 48), 2 * 4 * 4 * 64
     schedule = 1 - np.mean([freezing_fraction(t, 6, 1, 2) for t in range(6)])
     assert result["trainable_start"] == dict(
-        aflora=vectors + ffn, freezenet=vectors + round(schedule * ffn), lora=ffn + attention, elora=vectors, head=0,
+        aflora=vectors + ffn, freezenet=vectors + round(schedule * ffn), lora=ffn + attention,
+        elora=vectors, head=0,
         full=sum(p.numel() for p in checkpoint().values()))[method]
     assert result["trainable_end"] == result["trainable_start"] - ffn * (method == "aflora")
 
@@ -1616,6 +1618,32 @@ def test_a_full_disk_is_named_and_spares_the_checkpoint(folder):
     assert done.stderr.splitlines()[-1].startswith("error: out/checkpoint.pt: ")
     assert (folder / "out/checkpoint.pt").read_bytes() == b"the last good one"
     assert not list(folder.rglob("*.part"))
+
+
+def test_lenet_of_the_mnist_example(monkeypatch):
+    """431,080 parameters; at x157 the example keeps 2,746 of them, and its file is at most 1/75 of
+    the dense float32 values; SNIP's others are zero; the arms differ in what they keep."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "examples")
+    import freezenet_mnist as example
+    generator, kept = torch.Generator().manual_seed(0), set()
+    x = torch.randn(50, 1, 28, 28, generator=generator)
+    y = torch.randint(10, (50,), generator=generator)
+    for arm in list(example.ARMS)[1:]:
+        aflora.seed_weights(model := example.lenet(), 3)
+        assert sum(p.numel() for p in model.parameters()) == example.PARAMETERS == 431_080
+        example.freeze(model, arm, 157, x, y, seed=3)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert sum(p.numel() for p in trained) == 2746
+        for p in trained:
+            p.data += 1 + torch.rand(p.shape, generator=generator)
+        values = torch.cat([v.flatten() for v in aflora.saved_values(model).values()])
+        assert (values == 0).sum() == 431_080 - 2746 if arm == "SNIP" else (values == 0).sum() < 600
+        kept.add(tuple(len(p) for p in trained))
+        with tempfile.TemporaryDirectory() as folder:
+            save_adapter(model, Path(folder, "net.pt"))
+            size = Path(folder, "net.pt").stat().st_size
+        assert arm == "SNIP" or size <= 4 * 431_080 / 75
+    assert len(kept) == 3  # SNIP keeps what FreezeNet keeps by |w * grad|
 
 
 def distributed(folder, processes, *flags):

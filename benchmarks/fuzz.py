@@ -1,10 +1,10 @@
-"""Damages files at random: each is either read rightly or refused with AFLoRAError, never anything else.
+"""Damages files at random: each is read rightly or refused with AFLoRAError, nothing else.
 
     pip install pytest && python benchmarks/fuzz.py --count 8000
 
 Mutated copies of a .safetensors file, an adapter file, a table of texts and a vocabulary go through
 the readers of aflora.py and train_glue_small.py. What is accepted is compared with an independent
-reading: NumPy at the offsets of the header, the undamaged adapter, the csv module, the bytes' lines.
+reading: NumPy at the header's offsets, the undamaged adapter, the csv module, the bytes' lines.
 """
 
 import argparse

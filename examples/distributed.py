@@ -12,8 +12,7 @@ wraps a model, and fail when requires_grad changes). It plugs into train() throu
 import argparse, contextlib, datetime, hashlib, json, os, sys, zlib
 from pathlib import Path
 
-RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0),
-                                                                        ("WORLD_SIZE", 1)))
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 if RANK:
     os.environ["TQDM_DISABLE"] = "1"
 import torch  # noqa: E402
@@ -96,14 +95,14 @@ def train(args, device):
         weight_decay=0.01, on_gradients=average, on_log=average.check,
         evaluate=lambda model: companion.metrics(
             companion.predict(model, dev, precision), dev.labels))
-    values = b"".join(value.cpu().numpy().tobytes() for value in aflora.saved_values(model).values())
+    values = b"".join(v.cpu().numpy().tobytes() for v in aflora.saved_values(model).values())
     checksums = [None] * WORLD
     dist.all_gather_object(checksums, hashlib.sha256(values).hexdigest())
     if RANK == 0:
         aflora.save_adapter(model, Path(args.out, "adapter.pt"))
-    return dict(task=task.title, processes=WORLD, batch_size=size, ranks_equal=len(set(checksums)) == 1,
-                bytes_per_step=average.sent[0], bytes_per_step_all_frozen=average.sent[-1],
-                frozen_at=freezer.frozen_at, **report)
+    return dict(task=task.title, processes=WORLD, batch_size=size,
+                ranks_equal=len(set(checksums)) == 1, bytes_per_step=average.sent[0],
+                bytes_per_step_all_frozen=average.sent[-1], frozen_at=freezer.frozen_at, **report)
 
 
 def main():
@@ -130,8 +129,7 @@ def main():
                             world_size=WORLD, timeout=datetime.timedelta(seconds=50))
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        silent = contextlib.redirect_stdout(open(os.devnull, "w")) if RANK else contextlib.nullcontext()
-        with silent:
+        with contextlib.redirect_stdout(open(os.devnull, "w") if RANK else sys.stdout):
             result = train(args, device)
             print(json.dumps({key: result[key] for key in ("processes", "ranks_equal",
                                                            "bytes_per_step",
