@@ -52,7 +52,7 @@ DATA = []  # of this process: images, labels, test images, test labels
 def load(name, folder):
     """One of MNIST's files as a uint8 tensor, from `folder`, the cache or the internet."""
     expected, shape = FILES[name]
-    places = [Path(folder, "MNIST")] * bool(folder) + [companion.CACHE / "MNIST"]
+    places = [Path(place, "MNIST") for place in (folder, companion.CACHE) if place]
     paths = [place / file for place in places for file in (name, f"{name}.gz")]
     path = next((path for path in paths if path.exists()), None)
     with aflora.blame(path or SOURCE + name):
