@@ -3,34 +3,28 @@
 LoRA keeps a pre-trained weight W0 still and learns a low-rank path beside it. AFLoRA puts a vector
 behind each of the path's two matrices, trains everything at first, then freezes the matrices for
 good, the least important first, until only the vectors train:
-
     (1)  Y = W0 X + L_b B L_d A X         from x (tokens, in) to y (tokens, out)
     W0   (out, in)                        frozen from the start
     A, B (r, in), (out, r)                trained until among the lowest-scored, then frozen
     L_d  diag(s_d), s_d (r)               trained to the end, starts at 0.1
     L_b  diag(s_b), s_b (out)             trained to the end, starts at 0
-
 `python aflora.py` shows the equations at work. On your own model:
-
     adapters = add_adapters(model, targets=["query", "value"], modules_to_save=["classifier"])
     freezer = AdaptiveFreezer(adapters, total_steps=1000, t_i=50, t_f=700)
     train(model, batches, loss, epochs=10, lr=4e-3, freezer=freezer, precision="bf16")
     save_adapter(model, "adapter.pt")
-
 Papers: AFLoRA, Liu et al. (arXiv 2403.13269); LoRA, Hu et al. (2106.09685); ELoRA, published as
 VeRA, Kopiczko et al. (2310.11454); PLATON, whose score this is, Zhang et al. (2206.12562).
 """
 
-import contextlib, functools, hashlib, itertools, math, operator, os, pathlib, re, time, types
-import warnings, zipfile, zlib
+import contextlib, hashlib, itertools, math, os, pathlib, re, time, types, warnings, zipfile, zlib
+from functools import partial, reduce
 
-import numpy as np
-import torch, torch.nn as nn, torch.nn.functional as F
-from torch.nn.utils import parametrize
+import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
+from torch.nn.utils import get_total_norm, parametrize
 from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
-KEYS = ("lora_A", "lora_B", "s_d", "s_b")
 FOLD_UP_TO_RANK = 64  # above, with B frozen, scaling activations is cheaper than folding: ELoRA
 ADAPTER_FORMAT, CHECKPOINT_FORMAT = "aflora adapter 1", "aflora checkpoint 1"
 COMPUTE_TYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
@@ -41,7 +35,7 @@ class AFLoRAError(ValueError):
     """Something the user can mend: an argument, a file, an order of calls. The message says how."""
 
 
-# ---------------------------------------------------------------------------------- the layer, (1)
+# ----------------------------------------------------------------------------------- the layer, (1)
 def kaiming_uniform(key, shape, a=0.0):
     """A float32 tensor (fan_out, *fan_in), Kaiming-uniform, that the string `key` regrows for ever:
     numpy's RandomState has a stream frozen by policy (NEP 19). So files can hold a seed instead."""
@@ -61,25 +55,22 @@ class AFLoRALinear(nn.Module):
         super().__init__()
         if method not in ("aflora", "lora", "elora") or not isinstance(rank, int) or rank < 1:
             raise AFLoRAError(f"method {method!r}, rank {rank!r}: aflora, lora or elora, rank >= 1")
-        self.base, self.rank, self.method, self.alpha = base, rank, method, alpha
-        self.shape = (base.out_features, base.in_features)
-        self.seed_key = f"{seed}/{self.shape if method == 'elora' else name}"  # one pair a shape
+        self.base, self.rank, self.shape = base, rank, (base.out_features, base.in_features)
         self.merged, self.kept_weight = False, None  # the base's own weight, while merged
+        seed = f"{seed}/{self.shape if method == 'elora' else name}"  # elora: one pair a shape
+        (n_out, n_in), lora = self.shape, method == "lora"
+        shapes = dict(lora_A=(rank, n_in), lora_B=(n_out, rank), s_d=(rank,), s_b=(n_out,))
+        fixed = dict(lora_B=0.0, s_d=alpha / rank, s_b=1.0) if lora else dict(s_d=0.1, s_b=0.0)
+        self.starts = {  # what grows the float32 values at the start anew, on the CPU
+            key: partial(torch.full, shape, fixed[key]) if key in fixed else
+            partial(kaiming_uniform, f"{seed}/{key}", shape, math.sqrt(5) if lora else 0.0)
+            for key, shape in shapes.items()}
         like = next(base.parameters(), torch.empty(0))
-        for key in KEYS:
-            start = self.start(key).to(like.device, torch.promote_types(like.dtype, torch.float32))
-            trains = method == "aflora" or (method == "lora") == key.startswith("lora")
-            setattr(self, key, nn.Parameter(start, requires_grad=trains))
+        for key, start in self.starts.items():
+            value = start().to(like.device, torch.promote_types(like.dtype, torch.float32))
+            trains = method == "aflora" or lora == key.startswith("lora")
+            setattr(self, key, nn.Parameter(value, requires_grad=trains))
         self.train(base.training)
-
-    def start(self, key):
-        """The float32 value from which the parameter `key` starts, grown anew on the CPU."""
-        r, (n_out, n_in), lora = self.rank, self.shape, self.method == "lora"
-        shape = dict(lora_A=(r, n_in), lora_B=(n_out, r), s_d=(r,), s_b=(n_out,))[key]
-        fixed = dict(lora_B=0.0, s_d=self.alpha / r, s_b=1.0) if lora else dict(s_d=0.1, s_b=0.0)
-        if key in fixed:
-            return torch.full(shape, fixed[key])
-        return kaiming_uniform(f"{self.seed_key}/{key}", shape, math.sqrt(5) if lora else 0.0)
 
     def forward(self, x):
         tokens = x.reshape(-1, self.shape[1])  # (tokens, in), whatever stands before
@@ -92,10 +83,9 @@ class AFLoRALinear(nn.Module):
             if self.rank <= FOLD_UP_TO_RANK or self.lora_B.requires_grad:
                 # Both vectors folded into the thin B: (1) as written keeps tokens x out values for
                 # the gradient of s_b. (r, out) and in place, if nobody else holds y: fast on CPUs.
-                folded = (self.s_d[:, None] * self.lora_B.T * self.s_b).contiguous()
+                folded = (self.s_d[:, None] * self.lora_B.T * self.s_b).contiguous().to(y.dtype)
                 ours = type(self.base) is nn.Linear and not self.base._forward_hooks
-                add = y.addmm_ if ours and not y._is_view() else y.addmm
-                y = add(h, folded.to(y.dtype))
+                y = y.addmm_(h, folded) if ours and not y._is_view() else y.addmm(h, folded)
             else:
                 wide = F.linear(h * self.s_d.to(y.dtype), self.lora_B.to(y.dtype))
                 y = y + wide * self.s_b.to(y.dtype)
@@ -123,7 +113,7 @@ class AFLoRALinear(nn.Module):
             self.merged, self.kept_weight = False, None
 
 
-# -------------------------------------------------------------------------- adapters into a model
+# ---------------------------------------------------------------------------- adapters into a model
 def find(targets, names, kind):
     """Those of `names` that `targets` selects: one regular expression on whole names, or a list of
     dotted suffixes ("query": layers.0.query, not layers.0.bigquery). Each must select something."""
@@ -163,11 +153,11 @@ def add_adapters(model, targets, rank=4, method="aflora", train_matrices="all",
             raise AFLoRAError(f"{name} is among targets and in modules_to_save: choose one")
     layers = {n: AFLoRALinear(modules[n], rank, method, alpha, seed, name=n) for n in names}
     model.requires_grad_(False)  # LayerNorms, embeddings and biases, too
+    pairs = {}  # elora: the first layer of a shape lends its A and B to the others
     for name, layer in layers.items():
-        if method == "elora":  # the first layer of a shape lends its A and B to the others
-            first = next(other for other in layers.values() if other.shape == layer.shape)
-            layer.lora_A, layer.lora_B = first.lora_A, first.lora_B
-        elif name not in trained:
+        if method == "elora":
+            layer.lora_A, layer.lora_B = pairs.setdefault(layer.shape, (layer.lora_A, layer.lora_B))
+        if name not in trained:
             layer.lora_A.requires_grad = layer.lora_B.requires_grad = False
         model.set_submodule(name, layer)
     for name in saved:
@@ -177,8 +167,8 @@ def add_adapters(model, targets, rank=4, method="aflora", train_matrices="all",
         key: value if isinstance(value, str) else list(value) for key, value in given.items()}
     model.saved_modules = saved  # full names
     # {name of all that a file covers: how to regrow its start, None if no seed can}
-    model.starts = {f"{name}.{key}": functools.partial(layer.start, key)
-                    for name, layer in layers.items() for key in KEYS}
+    model.starts = {f"{name}.{key}": start for name, layer in layers.items()
+                    for key, start in layer.starts.items()}
     model.starts |= {n: None for n in model.state_dict() for m in saved if n.startswith(f"{m}.")}
     return layers
 
@@ -200,16 +190,14 @@ def unmerge_adapters(model):
         layer.unmerge()
 
 
-# ---------------------------------------------------------- the score (2)-(5) and the schedule (6)
+# -------------------------------------------------------------- the score (2)-(5), the schedule (6)
 def sensitivity(weight, grad, kind="gradient-weight"):
     """Raw sensitivity of each element, equation (2); all tensors of one shape."""
-    if kind == "gradient-weight":  # (2)  I = |w * grad L|, about what the loss moves if w becomes 0
-        return (weight * grad).abs()
-    if kind == "gradient":  # (2)  I = |grad L|, the paper's: a large weight at rest may freeze, too
-        return grad.abs()
-    if kind == "weight":  # (2)  I = |w|, in the paper's ablation
-        return weight.abs()
-    raise AFLoRAError(f"sensitivity {kind!r}: choose gradient-weight, gradient or weight")
+    if kind not in ("gradient-weight", "gradient", "weight"):
+        raise AFLoRAError(f"sensitivity {kind!r}: choose gradient-weight, gradient or weight")
+    # (2)  I = |w * grad L|, about what the loss moves if w becomes 0; the paper's: |grad L|, by
+    #      which a large weight at rest may freeze, too; and |w|, in its ablation
+    return {"gradient-weight": weight * grad, "gradient": grad, "weight": weight}[kind].abs()
 
 
 def freezing_fraction(step, total_steps, t_i, t_f):
@@ -223,18 +211,16 @@ def freezing_fraction(step, total_steps, t_i, t_f):
     return 0.0 if step < t_i else 1 - (1 - (step - t_i) / (total_steps - t_i - t_f)) ** 3
 
 
-def flat_sensitivity(weights, grads, kind):
-    """Equation (2) of several tensors, end to end in one flat one: one kernel for all of them."""
-    flat = (torch.cat([t.detach().flatten() for t in tensors]) for tensors in (weights, grads))
-    return sensitivity(*flat, kind)
-
-
 class AdaptiveFreezer:
     """Scores all trainable A and B at each step; freezes the lowest r(t) share of them for good.
     adapters: add_adapters' result. total_steps, t_i, t_f: optimizer steps, equation (6). interval:
     matrices freeze only after each multiple of it, and after T - t_f steps: a look. beta1, beta2,
     sensitivity: equations (3), (4), (2). frozen_at: {matrix: after how many steps}, in order. Place
     in a step: see train(). Raises AFLoRAError if nothing trains or the schedule does not fit."""
+    live = property(lambda self: {  # {name: parameter} of the matrices that still train
+        name: p for name, p in self.matrices.items() if name not in self.frozen_at})
+    score = staticmethod(sensitivity)  # for functions with an argument of the same name
+
     def __init__(self, adapters, total_steps, t_i, t_f, interval=10, beta1=0.85, beta2=0.95,
                  sensitivity="gradient-weight"):
         trained = {f"{name}.{key}": p for name, layer in adapters.items()
@@ -244,15 +230,15 @@ class AdaptiveFreezer:
         if not self.matrices:
             raise AFLoRAError("no A or B is trainable: nothing to freeze, leave the freezer out")
         self.beta1, self.beta2, self.kind = beta1, beta2, sensitivity
-        self.schedule, self.step = dict(total_steps=total_steps, t_i=t_i, t_f=t_f), 0
-        self.frozen_at, self.live = {}, self.matrices  # live: those that still train
+        self.schedule = dict(total_steps=total_steps, t_i=t_i, t_f=t_f)
+        self.step, self.frozen_at = 0, {}
         # {look: how many of the n matrices are frozen after so many steps}: floor(r(t) n)
         n, looks = len(self.matrices), {*range(0, total_steps + 1, interval), total_steps - t_f}
         self.looks = {t: math.floor(freezing_fraction(t, **self.schedule) * n) for t in looks}
         if (ramp := total_steps - t_i - t_f) < 10 * interval:
             how = "in a few large groups" if ramp else "all at once"
             warnings.warn(f"ramp of {ramp} steps, look every {interval}: {n} matrices freeze {how}")
-        # Running scores of the live matrices, end to end as in flat_sensitivity
+        # Running scores of the live matrices, end to end in one tensor: few kernels
         self.Ibar = self.Ubar = torch.cat([p.new_zeros(p.numel()) for p in self.live.values()])
 
     def split(self, flat):
@@ -269,9 +255,10 @@ class AdaptiveFreezer:
             return
         grads = [p.grad for p in self.live.values()]
         if found_inf is None:
-            found_inf = ~torch.nn.utils.get_total_norm(grads).isfinite()
+            found_inf = ~get_total_norm(grads).isfinite()
+        weights = torch.cat([p.detach().flatten() for p in self.live.values()])
         # (2)  I(t) = |w * grad L|, or what `sensitivity` says
-        I = flat_sensitivity(self.live.values(), grads, self.kind)
+        I = sensitivity(weights, torch.cat([grad.flatten() for grad in grads]), self.kind)
         self.Ibar, self.Ubar = self.Ibar.to(I), self.Ubar.to(I)  # the model may have moved
         # (3)  Ibar(t) = b1 Ibar(t-1) + (1 - b1) I(t),  Ibar(0) = 0
         Ibar = self.beta1 * self.Ibar + (1 - self.beta1) * I
@@ -290,8 +277,8 @@ class AdaptiveFreezer:
 
     def shares(self):
         """(scheduled, realised): r(t) at the step that freeze() last saw, and what is frozen."""
-        scheduled = freezing_fraction(self.step, **self.schedule)
-        return scheduled, len(self.frozen_at) / len(self.matrices)
+        r = freezing_fraction(self.step, **self.schedule)
+        return r, len(self.frozen_at) / len(self.matrices)
 
     def freeze(self, step, optimizer):
         """At a look, freezes what is due after `step` completed optimizer steps. Waits for the
@@ -299,21 +286,15 @@ class AdaptiveFreezer:
         self.step = step
         if (due := self.looks.get(step, 0) - len(self.frozen_at)) <= 0:
             return []
-        scores = self.scores()
+        scores, halves = self.scores(), (self.split(self.Ibar), self.split(self.Ubar))
         chosen = sorted(scores, key=scores.get)[:due]  # a stable sort: ties in the model's order
-        kept = [[part for name, part in self.split(flat).items() if name not in chosen]
-                for flat in (self.Ibar, self.Ubar)]
-        self.Ibar, self.Ubar = (torch.cat([self.Ibar[:0], *parts]) for parts in kept)
-        self.release(dict.fromkeys(chosen, step), optimizer)
+        for name in chosen:  # each stays in its parameter group, so that a resume fits
+            self.matrices[name].requires_grad_(False).grad = None  # at zero AdamW would move on
+            optimizer.state.pop(self.matrices[name], None)
+        self.frozen_at = self.frozen_at | dict.fromkeys(chosen, step)
+        self.Ibar, self.Ubar = (torch.cat([self.Ibar[:0], *(parts[name] for name in self.live)])
+                                for parts in halves)
         return chosen
-
-    def release(self, frozen_at, optimizer):
-        """Freezes so that nothing moves a matrix; it stays in its group, so that a resume fits."""
-        for p in (self.matrices[name] for name in frozen_at):
-            p.requires_grad_(False).grad = None  # not zero: AdamW moves on by momentum and decay
-            optimizer.state.pop(p, None)
-        self.frozen_at |= frozen_at
-        self.live = {name: p for name, p in self.live.items() if name not in frozen_at}
 
     def average_trainable(self):
         """Trainable adapter parameters (no head), averaged over the steps done so far. Exact."""
@@ -323,86 +304,79 @@ class AdaptiveFreezer:
 
     def state_dict(self):
         """All that a resumed run needs: tensors, numbers and strings."""
-        state = {k: getattr(self, k) for k in ("schedule", "step", "frozen_at", "Ibar", "Ubar")}
-        return state | dict(matrices=list(self.matrices))
+        progress = {key: getattr(self, key) for key in ("step", "frozen_at", "Ibar", "Ubar")}
+        return dict(plan=self.schedule | dict(matrices=list(self.matrices)), progress=progress)
 
-    def load_state_dict(self, state, optimizer):
+    def load_state_dict(self, state):
         """Takes up a state_dict() in a new freezer. Raises AFLoRAError for one of another run."""
-        expect_equal(state["schedule"] | dict(matrices=state["matrices"]),
-                     self.schedule | dict(matrices=list(self.matrices)))
-        self.release(state["frozen_at"], optimizer)
-        self.step = state["step"]
-        self.Ibar, self.Ubar = state["Ibar"].to(self.Ibar), state["Ubar"].to(self.Ubar)
+        expect_equal(state["plan"], self.state_dict()["plan"])
+        vars(self).update({key: state["progress"][key] for key in self.state_dict()["progress"]})
+        for name in self.frozen_at:
+            self.matrices[name].requires_grad_(False)
 
 
-# ---------------------------------------------------------------- FreezeNet: once, before training
+# ----------------------------------------------------------------- FreezeNet: once, before training
 class Kept(nn.Module):
     """Parametrization: the vector of trained elements, (k,), put at `positions` of a start that
-    rests. An optimizer holds this vector alone, so neither momentum nor decay moves the others."""
+    rests, (dims, k). An optimizer holds this vector alone: nothing moves the others."""
     def __init__(self, start, positions):
         super().__init__()
-        self.register_buffer("start", start, persistent=False)
-        self.register_buffer("positions", positions)
+        self.start, self.positions = nn.Buffer(start, persistent=False), nn.Buffer(positions)
 
     def forward(self, kept):
-        whole = self.start.flatten().index_put((self.positions,), kept).view_as(self.start)
-        return torch.empty_like(self.start).copy_(whole)  # in the start's memory format
+        return self.start.index_put(tuple(self.positions), kept)  # in the start's memory format
 
     def right_inverse(self, whole):
-        return whole.flatten()[self.positions]
+        return whole[tuple(self.positions)]
 
 
 @torch.no_grad()
 def seed_weights(model, seed=0, overwrite=True):
-    """Prepares a network for FreezeNet's files: its start can be regrown, so save_adapter stores
-    a seed. Gives it that start if `overwrite`: Glorot-uniform kernels and matrices, biases 0, other
-    vectors 1."""
-    def start(name, shape):
-        if len(shape) == 1:
-            return torch.full(shape, float(not name.endswith("bias")))
-        return kaiming_uniform(f"{seed}/{name}", shape, math.sqrt(shape[0] / shape[1]))
-    model.adapter_config, model.saved_modules = dict(method="freezenet", seed=seed), []
-    model.starts = dict.fromkeys(model.state_dict()) | {
-        name: functools.partial(start, name, p.shape) for name, p in model.named_parameters()}
-    for name, p in model.named_parameters() if overwrite else ():
-        p.copy_(model.starts[name]())
+    """Prepares a network for FreezeNet's files, in which its start is a seed. Gives it that start
+    if `overwrite`: Glorot-uniform kernels and matrices, biases 0, other vectors 1."""
+    model.adapter_config = dict(method="freezenet", seed=seed)
+    model.starts = dict.fromkeys(model.state_dict())  # a buffer has none
+    for name, p in model.named_parameters():
+        model.starts[name] = partial(torch.full, p.shape, float(not name.endswith("bias")))
+        if p.dim() > 1:
+            slope = math.sqrt(p.shape[0] / p.shape[1])
+            model.starts[name] = partial(kaiming_uniform, f"{seed}/{name}", p.shape, slope)
+        if overwrite:
+            p.copy_(model.starts[name]())
 
 
 def keep_elements(model, masks):
     """Leaves trainable only those elements where masks {parameter name: bool tensor} are true."""
     for name, mask in masks.items():
-        module, key = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        p, positions = getattr(module, key), mask.flatten().nonzero()[:, 0]
-        p.requires_grad_(len(positions) > 0)
-        if 0 < len(positions) < p.numel():
-            kept = Kept(p.detach().clone(), positions.to(p.device))
-            parametrize.register_parametrization(module, key, kept)
+        (module, _, key), p = name.rpartition("."), model.get_parameter(name)
+        p.requires_grad_(bool(mask.any()))
+        if mask.any() and not mask.all():
+            kept = Kept(p.detach().clone(), mask.nonzero().T.to(p.device))
+            parametrize.register_parametrization(model.get_submodule(module), key, kept)
 
 
 def freeze_one_shot(model, loss, keep, sensitivity="gradient", names=None):
-    """FreezeNet (Wimmer, Mehnert and Condurache, arXiv 2011.14087): decides before training which
-    elements train, the share `keep` of highest saliency over all parameters `names` (default: those
-    that train) together; the others keep their start. loss: callable, model -> scalar, of a batch
-    or a sum over a few. sensitivity: equation (2). Returns masks as keep_elements takes them.
-    Raises AFLoRAError for a keep outside [0, 1] and a loss without a finite, non-zero gradient."""
+    """FreezeNet (Wimmer et al., arXiv 2011.14087): before training, leaves trainable the share
+    `keep` of elements of highest saliency, equation (2), over all parameters `names` (default: all
+    that train). loss: callable, model -> scalar. Returns masks as keep_elements takes them. Raises
+    AFLoRAError for a keep outside [0, 1] and a loss without a finite, non-zero gradient."""
     given = {n: p for n, p in model.named_parameters() if p.requires_grad and n in (names or [n])}
     with blame("gradient of the loss"):  # the loss may not depend on a parameter at all
         grads = torch.autograd.grad(loss(model), list(given.values()), materialize_grads=True)
-        if not 0 < torch.nn.utils.get_total_norm(grads) < math.inf:
+        if not 0 < get_total_norm(grads) < math.inf:
             raise AFLoRAError("all 0 or not finite, nothing to choose by")
     if not 0 <= keep <= 1:
         raise AFLoRAError(f"keep {keep}: it is a share of all elements, from 0 to 1")
-    saliency = flat_sensitivity(given.values(), grads, sensitivity)
-    mask = torch.zeros_like(saliency, dtype=torch.bool)
-    best = saliency.argsort(descending=True, stable=True)  # ties: in the model's order
-    mask[best[:round(keep * len(best))]] = True
-    parts = mask.split([p.numel() for p in given.values()])
+    saliency = torch.cat([AdaptiveFreezer.score(p.detach(), grad, sensitivity).flatten()
+                          for p, grad in zip(given.values(), grads)])
+    ranks = saliency.argsort(descending=True, stable=True).argsort()  # ties: in the model's order
+    parts = (ranks < round(keep * len(ranks))).split([p.numel() for p in given.values()])
     masks = {name: part.view_as(p) for (name, p), part in zip(given.items(), parts)}
     keep_elements(model, masks)
     return masks
 
 
-# ---------------------------------------------------------------------------------- adapter files
+# -------------------------------------------------------------------------------------------- files
 def write_file(path, content):
     """Writes bytes, or else by torch.save, to a temporary name and renames: never half a file."""
     part = pathlib.Path(f"{path}.part")
@@ -429,10 +403,9 @@ def blame(path):
 def read_file(path, kind):
     """Reads what write_file wrote. Only tensors, numbers and strings: no file can run code here."""
     with blame(path), zipfile.ZipFile(path) as archive:
-        if sum(part.file_size for part in archive.infolist()) > os.path.getsize(path):
-            raise AFLoRAError("its parts claim more bytes than it has")  # none is compressed
-        if damaged := archive.testzip():
-            raise AFLoRAError(f"{damaged} in it is damaged: its checksum is another one")
+        claimed = sum(part.file_size for part in archive.infolist())  # none is compressed
+        if claimed > os.path.getsize(path) or archive.testzip():
+            raise AFLoRAError("it is damaged: a part's size or checksum is another one")
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["format"] != kind:
             raise AFLoRAError(f"it is no {kind}")
@@ -448,7 +421,7 @@ def expect_equal(there, here):
 
 def saved_values(model):
     """{full name: tensor} of all that a file covers: adapters, modules_to_save; or a network."""
-    return {name: operator.attrgetter(name)(model).detach() for name in model.starts}
+    return {name: reduce(getattr, name.split("."), model).detach() for name in model.starts}
 
 
 def save_adapter(model, path):
@@ -487,18 +460,17 @@ def load_adapter(model, path):
         elif not hasattr(model, "starts"):
             add_adapters(model, **config)
         values = saved_values(model)
-        expect_equal(config | content["shapes"], model.adapter_config | {
-            name: list(value.shape) for name, value in values.items()})
+        shapes = {name: list(value.shape) for name, value in values.items()}
+        expect_equal(config | content["shapes"], model.adapter_config | shapes)
         for name, expected in content["at_start"].items():
             start = model.starts[name]().flatten()
             if hashlib.sha256(start.numpy()).hexdigest() != expected:
                 raise AFLoRAError(f"{name}, regrown from its seed, is not as it was saved")
-            if name in new:
-                unpack = zlib.decompressobj().decompress  # not more than there are values
-                gaps = unpack(content["positions"][name].numpy().tobytes(), 4 * len(new[name]) + 1)
-                positions = torch.from_numpy(np.frombuffer(gaps, "<u4").cumsum().astype("int64"))
-                start = start.to(new[name].dtype).index_copy(0, positions, new[name])
-            new[name] = start
+            learned = new.get(name, start[:0])
+            unpack = zlib.decompressobj().decompress  # not more than there are values
+            gaps = unpack(content["positions"][name].numpy().tobytes(), 4 * len(learned) + 1)
+            positions = torch.from_numpy(np.frombuffer(gaps, "<u4").cumsum().astype("int64"))
+            new[name] = start.to(learned.dtype).index_copy(0, positions, learned)
         pairs = [(value, new[name].reshape(value.shape)) for name, value in values.items()]
     unmerge_adapters(model)
     for value, tensor in pairs:
@@ -506,7 +478,7 @@ def load_adapter(model, path):
     return adapters_of(model)
 
 
-# ------------------------------------------------------------------------------ the training loop
+# -------------------------------------------------------------------------------- the training loop
 @contextlib.contextmanager
 def frozen_weights_in(model, dtype):
     """Holds the frozen float32 linear weights in `dtype`: autocast would cast them at each use.
@@ -548,19 +520,18 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
         optimizer.zero_grad(set_to_none=True)
     checkpoint: a file, written after each epoch, each checkpoint_every steps and when stop(), asked
     after each step, is true, which raises KeyboardInterrupt. resume: go on from there, on a CPU bit
-    for bit. label: dict, kept in it.
-    A step whose gradient is not finite changes nothing and is not counted: daily business for
-    fp16's scaler. In bf16 and fp32, or if a loss is not finite, the next line raises AFLoRAError.
+    for bit. label: dict, kept in it. A step whose gradient is not finite changes nothing and is not
+    counted; in bf16 and fp32, or if a loss is not finite, the next line raises AFLoRAError.
     Returns dict(history=[dict per epoch], steps, skipped, seconds), seconds without evaluation."""
     head_lr = lr if head_lr is None else head_lr
     if (precision not in COMPUTE_TYPES or min(epochs, accumulate, len(batches(0))) < 1
             or min(lr, head_lr, clip) <= 0 or weight_decay < 0 or not 0 <= warmup < 1):
-        raise AFLoRAError(f"precision {precision!r} must be fp32, bf16 or fp16; epochs, accumulate, "
+        raise AFLoRAError(f"precision {precision!r} must be fp32, bf16, fp16; epochs, accumulate, "
                           "batches >= 1; lr, head_lr, clip > 0; weight_decay >= 0; 0 <= warmup < 1")
-    model.to(device := torch.device(device) if device else next(model.parameters()).device)
-    total = epochs * (steps_per_epoch := math.ceil(len(batches(0)) / accumulate))
+    model.to(device := torch.device(device or next(model.parameters()).device))
+    total = epochs * (per_epoch := math.ceil(len(batches(0)) / accumulate))
     if freezer and (planned := freezer.schedule["total_steps"]) != total:
-        raise AFLoRAError(f"{epochs} x {steps_per_epoch} = {total} steps, the freezer: {planned}")
+        raise AFLoRAError(f"{epochs} x {per_epoch} = {total} steps, the freezer: {planned}")
     saved, groups = getattr(model, "saved_modules", ()), {}
     head = {p for name in saved for p in model.get_submodule(name).parameters()}
     for p in (p for p in model.parameters() if p.requires_grad):
@@ -572,42 +543,23 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
     optimizer = torch.optim.AdamW(list(groups.values()), fused=True)  # skips steps on the device
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     autocast = torch.autocast(device.type, COMPUTE_TYPES[precision], enabled=precision != "fp32")
-    # Where the run is. step: completed ones; sums: since the last line, of losses, of skipped steps
-    # and of steps since the first skipped one.
-    at = types.SimpleNamespace(
-        attempted=0, step=0, skipped=0, logged=0, seconds=0.0, epoch_loss=0.0, history=[], log=[],
-        sums=torch.zeros(3, device=device))
+    # sums since the last line: losses, skipped steps, steps since the first bad one
+    at = types.SimpleNamespace(attempted=0, step=0, skipped=0, logged=0, seconds=0.0, losses=0.0,
+                               history=[], log=[], sums=torch.zeros(3, device=device))
+    parts = [part for part in (optimizer, scaler, freezer) if part]
     frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     values = {n: value for n, value in model.state_dict().items() if n not in frozen}
     plan = dict(epochs=epochs, steps=total, lr=lr, head_lr=head_lr, precision=precision, clip=clip,
                 accumulate=accumulate, warmup=warmup, weight_decay=weight_decay,
                 schedule=freezer and freezer.schedule, **getattr(model, "adapter_config", {}))
-
-    def read_sums():
-        losses, skips, since = at.sums.tolist()  # the one transfer from the device
-        if not math.isfinite(losses) or (skips and precision != "fp16"):
-            raise AFLoRAError(f"loss or gradient not finite from step {at.attempted - since + 1:.0f}"
-                              f" on, learning rate {optimizer.param_groups[0]['lr']:.1e}: lower lr")
-        return losses, int(skips)
-
-    def save():
-        read_sums()  # never after a bad step
-        random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-        write_file(checkpoint, dict(
-            format=CHECKPOINT_FORMAT, plan=plan, label=label, values=values, at=vars(at),
-            random=random, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-            freezer=freezer and freezer.state_dict()))
-
     if resume:
         content = read_file(checkpoint, CHECKPOINT_FORMAT)
         with blame(checkpoint):
             expect_equal(content["plan"], plan)
             for name, value in values.items():
                 value.copy_(content["values"][name])
-            optimizer.load_state_dict(content["optimizer"])
-            scaler.load_state_dict(content["scaler"])
-            if freezer:
-                freezer.load_state_dict(content["freezer"], optimizer)
+            for part, state in zip(parts, content["parts"]):
+                part.load_state_dict(state)
             torch.set_rng_state(content["random"][0])
             torch.cuda.set_rng_state_all(content["random"][1:])
             vars(at).update(content["at"], sums=content["at"]["sums"].to(device))
@@ -616,11 +568,10 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
     looks = freezer.looks if freezer else ()
     bar = tqdm(total=total, initial=at.attempted, unit="step", mininterval=1)
     with frozen_weights_in(model, COMPUTE_TYPES[precision]), bar:
-        for epoch in range(at.attempted // steps_per_epoch, epochs):
+        for epoch in range(at.attempted // per_epoch, epochs):
             model.train()
             began, examples = time.perf_counter(), 0
-            done = at.attempted % steps_per_epoch * accumulate  # by the run that this one resumes
-            waiting = itertools.islice(batches(epoch), done, None)
+            waiting = itertools.islice(batches(epoch), at.attempted % per_epoch * accumulate, None)
             while micro_batches := list(itertools.islice(waiting, accumulate)):
                 factor = min((at.step + 1) / (warmup * total + 1),
                              (1 - at.step / total) / (1 - warmup))
@@ -636,73 +587,75 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
                 if on_gradients:
                     on_gradients(live)
                 scaler.unscale_(optimizer)
-                norm = torch.nn.utils.get_total_norm([p.grad for p in live])
+                norm = get_total_norm([p.grad for p in live])
                 found_inf = ~norm.isfinite()
                 if freezer:
                     freezer.update(found_inf)
-                torch.nn.utils.clip_grads_with_norm_(live, clip, norm)
+                nn.utils.clip_grads_with_norm_(live, clip, norm)
                 optimizer.found_inf = found_inf.float()  # AdamW skips the step; the scaler agrees
                 scaler.step(optimizer)
                 scaler.update()
                 at.sums[1] += found_inf
-                at.sums[2] += at.sums[1] > 0
+                at.sums[2] += ~at.sums[0].isfinite() | (at.sums[1] * (precision != "fp16") > 0)
                 at.attempted, at.step = at.attempted + 1, at.step + 1
                 bar.update()
-                epoch_ends = at.attempted % steps_per_epoch == 0
+                epoch_ends = at.attempted % per_epoch == 0
                 if epoch_ends or at.step % LOG_EVERY == 0 or at.step in looks:
-                    losses, skips = read_sums()
+                    losses, skips, bad = at.sums.tolist()  # the one transfer from the device
+                    if bad:
+                        raise AFLoRAError(
+                            f"loss or gradient not finite from step {at.attempted - bad + 1:.0f} "
+                            f"on, learning rate {lr * factor:.1e}: lower lr")
                     at.sums.zero_()
-                    at.skipped, at.epoch_loss = at.skipped + skips, at.epoch_loss + losses
+                    at.skipped, at.losses = at.skipped + int(skips), at.losses + losses
                     at.step, since = at.attempted - at.skipped, at.attempted - at.logged
-                    now, at.logged = time.perf_counter(), at.attempted
-                    speed, at.seconds = examples / (now - began), at.seconds + now - began
-                    began, examples = now, 0
+                    at.logged, spent = at.attempted, time.perf_counter() - began
                     line = dict(epoch=epoch + 1, step=at.step, loss=losses / since, lr=lr * factor,
-                                skipped=at.skipped, examples_per_second=speed)
-                    shown = f"loss {line['loss']:.3f}  lr {lr * factor:.1e}  {speed:.0f} examples/s"
+                                skipped=at.skipped, examples_per_second=examples / spent)
+                    at.seconds, began, examples = at.seconds + spent, began + spent, 0
+                    shown = "loss {loss:.3f}  lr {lr:.1e}  {examples_per_second:.0f} examples/s"
                     if freezer:
                         freezer.freeze(at.step, optimizer)
-                        k, n, r = len(freezer.frozen_at), len(freezer.matrices), freezer.shares()[0]
-                        line |= dict(frozen=k, matrices=n, scheduled=r)
-                        shown += f"  frozen {k}/{n} (scheduled {r:.2f})"
-                    bar.set_postfix_str(shown, refresh=False)
+                        line |= dict(frozen=len(freezer.frozen_at), matrices=len(freezer.matrices),
+                                     scheduled=freezer.shares()[0])
+                        shown += "  frozen {frozen}/{matrices} (scheduled {scheduled:.2f})"
+                    bar.set_postfix_str(shown.format(**line), refresh=False)
                     at.log.append(line)
                     if on_log:
                         on_log(line)
                 optimizer.zero_grad(set_to_none=True)
+                if epoch_ends:
+                    mean, at.losses = at.losses / per_epoch, 0.0
+                    at.history.append(dict(epoch=epoch + 1, step=at.step, loss=mean))
+                    if evaluate:
+                        model.eval()
+                        with torch.no_grad(), autocast:
+                            at.history[-1] |= evaluate(model)
+                    bar.write("  ".join(f"{k} {v:.4g}" for k, v in at.history[-1].items()))
                 interrupted = stop and stop()
-                every = checkpoint_every and at.attempted % checkpoint_every == 0
-                if checkpoint and (interrupted or every) and not epoch_ends:
-                    save()
-                if interrupted and not epoch_ends:
+                due = interrupted or epoch_ends or at.attempted % (checkpoint_every or total) == 0
+                if checkpoint and due and not at.sums[2]:  # never after a bad step
+                    write_file(checkpoint, dict(
+                        format=CHECKPOINT_FORMAT, plan=plan, label=label, values=values,
+                        at=vars(at), parts=[part.state_dict() for part in parts],
+                        random=[torch.get_rng_state(), *torch.cuda.get_rng_state_all()]))
+                if interrupted:
                     raise KeyboardInterrupt
-            if at.attempted != (epoch + 1) * steps_per_epoch:
+            if at.attempted != (epoch + 1) * per_epoch:
                 raise AFLoRAError("batches(epoch) must hold as many in each epoch")
-            at.history.append(dict(epoch=epoch + 1, step=at.step, loss=at.epoch_loss / steps_per_epoch))
-            at.epoch_loss = 0.0
-            if evaluate:
-                model.eval()
-                with torch.no_grad(), autocast:
-                    at.history[-1] |= evaluate(model)
-            bar.write("  ".join(f"{key} {value:.4g}" for key, value in at.history[-1].items()))
-            if checkpoint:
-                save()
-            if stop and stop():
-                raise KeyboardInterrupt
     return dict(history=at.history, steps=at.step, skipped=at.skipped, seconds=at.seconds)
 
 
-def demo(steps=300, t_i=50, t_f=100, watched="2.lora_A"):
+def demo(steps=300, t_i=50, t_f=100, watched="2.lora_B"):
     """A frozen random network learns, by AFLoRA, to follow another one; in a loop of its own."""
     torch.manual_seed(0)
-    student, teacher = (nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(),
-                                      nn.Linear(32, 1)) for _ in range(2))
-    freezer = AdaptiveFreezer(add_adapters(student, targets=["0", "2"]), steps, t_i, t_f)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=2e-2)
+    net, teacher = (nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 1)) for _ in range(2))
+    freezer = AdaptiveFreezer(add_adapters(net, ["0", "2"]), steps, t_i, t_f)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-2)
     print(f"means of {watched}:\nstep  (2) I     (3) Ibar  (4) U     Ubar      (5) s     (6) r(t)")
     for step in range(1, steps + 1):
         x = torch.randn(64, 8)
-        F.mse_loss(student(x), teacher(x).detach()).backward()
+        F.mse_loss(net(x), teacher(x).detach()).backward()
         freezer.update()
         if step in freezer.looks and watched in freezer.live:
             I = sensitivity(freezer.live[watched], freezer.live[watched].grad).flatten()
@@ -711,7 +664,7 @@ def demo(steps=300, t_i=50, t_f=100, watched="2.lora_A"):
             print(f"{step:4}", *means, f"{freezing_fraction(step, steps, t_i, t_f):.3f}", sep="  ")
         optimizer.step()
         freezer.freeze(step, optimizer)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     print(f"frozen after step: {freezer.frozen_at}")
 
 

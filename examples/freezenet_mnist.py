@@ -94,8 +94,8 @@ def freeze(model, arm, factor, images, labels, seed):
     else:
         mask = torch.randperm(PARAMETERS, generator=random) < round(PARAMETERS / factor)
         parts = mask.split([p.numel() for p in model.parameters()])
-        names = [name for name, _ in model.named_parameters()]
-        aflora.keep_elements(model, dict(zip(names, parts)))
+        aflora.keep_elements(model, {name: part.view_as(p) for (name, p), part in zip(
+            model.named_parameters(), parts)})
     if zeroed:
         for module in model.modules():
             if isinstance(module, aflora.Kept):
