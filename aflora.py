@@ -53,8 +53,8 @@ class AFLoRALinear(nn.Module):
 
     def __init__(self, base, rank=4, method="aflora", alpha=16, seed=0, name=""):
         super().__init__()
-        if method not in ("aflora", "lora", "elora") or not isinstance(rank, int) or rank < 1:
-            raise AFLoRAError(f"method {method!r}, rank {rank!r}: aflora, lora or elora, rank >= 1")
+        if method not in ("aflora", "lora", "elora") or rank not in range(1, 2**14):
+            raise AFLoRAError(f"method {method!r}, rank {rank!r}: aflora, lora, elora; 1 to 16383")
         self.base, self.rank, self.shape = base, rank, (base.out_features, base.in_features)
         self.merged, self.kept_weight = False, None  # the base's own weight, while merged
         seed = f"{seed}/{self.shape if method == 'elora' else name}"  # elora: one pair a shape
@@ -231,6 +231,8 @@ class AdaptiveFreezer:
             raise AFLoRAError("no A or B is trainable: nothing to freeze, leave the freezer out")
         self.beta1, self.beta2, self.kind = beta1, beta2, sensitivity
         self.schedule = dict(total_steps=total_steps, t_i=t_i, t_f=t_f)
+        self.plan = self.schedule | dict(interval=interval, beta1=beta1, beta2=beta2,
+                                         sensitivity=sensitivity, matrices=list(self.matrices))
         self.step, self.frozen_at = 0, {}
         # {look: how many of the n matrices are frozen after so many steps}: floor(r(t) n)
         n, looks = len(self.matrices), {*range(0, total_steps + 1, interval), total_steps - t_f}
@@ -304,13 +306,12 @@ class AdaptiveFreezer:
 
     def state_dict(self):
         """All that a resumed run needs: tensors, numbers and strings."""
-        progress = {key: getattr(self, key) for key in ("step", "frozen_at", "Ibar", "Ubar")}
-        return dict(plan=self.schedule | dict(matrices=list(self.matrices)), progress=progress)
+        return {key: getattr(self, key) for key in ("plan", "step", "frozen_at", "Ibar", "Ubar")}
 
     def load_state_dict(self, state):
         """Takes up a state_dict() in a new freezer. Raises AFLoRAError for one of another run."""
-        expect_equal(state["plan"], self.state_dict()["plan"])
-        vars(self).update({key: state["progress"][key] for key in self.state_dict()["progress"]})
+        expect_equal(state["plan"], self.plan)
+        vars(self).update({key: state[key] for key in self.state_dict()})
         for name in self.frozen_at:
             self.matrices[name].requires_grad_(False)
 
@@ -347,7 +348,10 @@ def seed_weights(model, seed=0, overwrite=True):
 
 def keep_elements(model, masks):
     """Leaves trainable only those elements where masks {parameter name: bool tensor} are true."""
+    names = [name for name, _ in model.named_parameters()]
     for name, mask in masks.items():
+        if name not in names:
+            raise AFLoRAError(f"{name}: no parameter of this model, or parts of it are frozen")
         (module, _, key), p = name.rpartition("."), model.get_parameter(name)
         p.requires_grad_(bool(mask.any()))
         if mask.any() and not mask.all():
@@ -361,12 +365,12 @@ def freeze_one_shot(model, loss, keep, sensitivity="gradient", names=None):
     that train). loss: callable, model -> scalar. Returns masks as keep_elements takes them. Raises
     AFLoRAError for a keep outside [0, 1] and a loss without a finite, non-zero gradient."""
     given = {n: p for n, p in model.named_parameters() if p.requires_grad and n in (names or [n])}
+    if not 0 <= keep <= 1 or not given:
+        raise AFLoRAError(f"keep {keep} (from 0 to 1) of {len(given)} parameters that train")
     with blame("gradient of the loss"):  # the loss may not depend on a parameter at all
         grads = torch.autograd.grad(loss(model), list(given.values()), materialize_grads=True)
         if not 0 < get_total_norm(grads) < math.inf:
             raise AFLoRAError("all 0 or not finite, nothing to choose by")
-    if not 0 <= keep <= 1:
-        raise AFLoRAError(f"keep {keep}: it is a share of all elements, from 0 to 1")
     saliency = torch.cat([AdaptiveFreezer.score(p.detach(), grad, sensitivity).flatten()
                           for p, grad in zip(given.values(), grads)])
     ranks = saliency.argsort(descending=True, stable=True).argsort()  # ties: in the model's order
@@ -442,18 +446,19 @@ def save_adapter(model, path):
                 gaps = np.diff(moved.numpy(), prepend=0).astype("<u4").tobytes()  # small numbers
                 packed = torch.frombuffer(bytearray(zlib.compress(gaps, 9)), dtype=torch.uint8)
                 content["positions"][name], value = packed, value[moved]
-        if len(value):
+        if len(value) or not grow:
             content["learned"][name] = value.clone()
     write_file(path, content)
 
 
 def load_adapter(model, path):
     """Loads save_adapter's file into the plain model, or one with the same adapters, unmerged
-    first: {name: AFLoRALinear}. Raises AFLoRAError with what differs, before any value changes."""
+    first: {name: AFLoRALinear}. Raises AFLoRAError with what differs, before any value changes;
+    a plain model may then have adapters at their start: make it anew."""
     content = read_file(path, ADAPTER_FORMAT)
     with blame(path):
         config, new = content["config"], content["learned"]
-        if any(parametrize.is_parametrized(module) for module in model.modules()):
+        if any(isinstance(module, Kept) for module in model.modules()):
             raise AFLoRAError("elements of this model are frozen: load it into a plain one")
         if not hasattr(model, "starts") and config["method"] == "freezenet":
             seed_weights(model, config["seed"], overwrite=False)
@@ -467,8 +472,8 @@ def load_adapter(model, path):
             if hashlib.sha256(start.numpy()).hexdigest() != expected:
                 raise AFLoRAError(f"{name}, regrown from its seed, is not as it was saved")
             learned = new.get(name, start[:0])
-            unpack = zlib.decompressobj().decompress  # not more than there are values
-            gaps = unpack(content["positions"][name].numpy().tobytes(), 4 * len(learned) + 1)
+            unpack = zlib.decompressobj().decompress  # not more than there are elements
+            gaps = unpack(content["positions"][name].numpy().tobytes(), 4 * len(start) + 1)
             positions = torch.from_numpy(np.frombuffer(gaps, "<u4").cumsum().astype("int64"))
             new[name] = start.to(learned.dtype).index_copy(0, positions, learned)
         pairs = [(value, new[name].reshape(value.shape)) for name, value in values.items()]
@@ -507,7 +512,8 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
           on_log=None, device=None, checkpoint=None, checkpoint_every=0, resume=False, stop=None,
           label=None):
     """Trains by AdamW what requires a gradient and freezes as `freezer` says. It knows no task.
-    batches: callable, epoch -> sized iterable of batches: tensors in tuples, lists or dicts.
+    batches: callable, epoch -> sized iterable of batches: tensors in tuples, lists or dicts; the
+    same whenever it is asked for that epoch, or a resumed run sees others.
     loss: callable, (model, batch) -> scalar mean. evaluate: callable, model -> {metric: float}.
     lr, head_lr: peak learning rates, head_lr of modules_to_save; linear warm-up over the share
     `warmup` of all steps, then linear decay to 0. weight_decay: of matrices. clip: maximal gradient
@@ -525,9 +531,11 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
     Returns dict(history=[dict per epoch], steps, skipped, seconds), seconds without evaluation."""
     head_lr = lr if head_lr is None else head_lr
     if (precision not in COMPUTE_TYPES or min(epochs, accumulate, len(batches(0))) < 1
-            or min(lr, head_lr, clip) <= 0 or weight_decay < 0 or not 0 <= warmup < 1):
+            or not all(0 < rate < math.inf for rate in (lr, head_lr, clip))
+            or not 0 <= weight_decay < math.inf or not 0 <= warmup < 1 or checkpoint_every < 0):
         raise AFLoRAError(f"precision {precision!r} must be fp32, bf16, fp16; epochs, accumulate, "
-                          "batches >= 1; lr, head_lr, clip > 0; weight_decay >= 0; 0 <= warmup < 1")
+                          "batches >= 1; finite lr, head_lr, clip > 0; weight_decay, "
+                          "checkpoint_every >= 0; 0 <= warmup < 1")
     model.to(device := torch.device(device or next(model.parameters()).device))
     total = epochs * (per_epoch := math.ceil(len(batches(0)) / accumulate))
     if freezer and (planned := freezer.schedule["total_steps"]) != total:
@@ -543,7 +551,8 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
     optimizer = torch.optim.AdamW(list(groups.values()), fused=True)  # skips steps on the device
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     autocast = torch.autocast(device.type, COMPUTE_TYPES[precision], enabled=precision != "fp32")
-    # sums since the last line: losses, skipped steps, steps since the first bad one
+    # Where the run is. step: completed ones. sums: since the last line, on the device, of losses,
+    # of skipped steps and of steps since the first bad one.
     at = types.SimpleNamespace(attempted=0, step=0, skipped=0, logged=0, seconds=0.0, losses=0.0,
                                history=[], log=[], sums=torch.zeros(3, device=device))
     parts = [part for part in (optimizer, scaler, freezer) if part]
@@ -592,7 +601,7 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
                 if freezer:
                     freezer.update(found_inf)
                 nn.utils.clip_grads_with_norm_(live, clip, norm)
-                optimizer.found_inf = found_inf.float()  # AdamW skips the step; the scaler agrees
+                optimizer.found_inf = found_inf.float()  # AdamW skips; a scaler checks this itself
                 scaler.step(optimizer)
                 scaler.update()
                 at.sums[1] += found_inf
@@ -601,7 +610,7 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
                 bar.update()
                 epoch_ends = at.attempted % per_epoch == 0
                 if epoch_ends or at.step % LOG_EVERY == 0 or at.step in looks:
-                    losses, skips, bad = at.sums.tolist()  # the one transfer from the device
+                    losses, skips, bad = at.sums.tolist()  # waits for the device
                     if bad:
                         raise AFLoRAError(
                             f"loss or gradient not finite from step {at.attempted - bad + 1:.0f} "

@@ -708,6 +708,7 @@ def test_freezenet_file_is_a_seed_positions_and_values(tmp_path):
     content = torch.load(path, weights_only=True)
     assert sum(t.numel() for t in content["learned"].values()) == sum(
         int(mask.sum()) for mask in masks.values())
+    assert path.stat().st_size < 8000  # names, shapes and checksums; here they outweigh the values
     load_adapter(fresh := Conv(), path)
     assert torch.equal(fresh(images(1)[0]), model(images(1)[0]))
     with pytest.raises(AFLoRAError, match="plain"):
@@ -753,6 +754,9 @@ def test_the_ends_of_keep_and_wrong_one_shots():
     everything, masks = seeded(1)
     assert all(p.requires_grad for p in everything.parameters())
     assert [n for n, _ in everything.named_parameters()] == list(masks)  # nothing parametrized
+    some, masks = seeded(0.5)
+    with pytest.raises(AFLoRAError, match="parts of it are frozen"):
+        aflora.keep_elements(some, masks)
     for keep in (-0.1, 1.1, math.nan):
         with pytest.raises(AFLoRAError, match="keep"):
             seeded(keep)
@@ -1024,6 +1028,7 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
                   weight_decay=0.1)
     again("lr is 0.01 there, 0.02 here", lr=2e-2)
     again("schedule is .*'t_i': 6.* there, .*'t_i': 9.* here", freezer=(60, 9, 16))
+    again("interval is 10 there, 5 here", freezer=(60, 6, 16, 5))
     again("rank is 4 there, 8 here", rank=8)
     again("targets is", targets=["up", "down"])
     whole = path.read_bytes()
@@ -1270,6 +1275,14 @@ BAD_FILES = [("model.safetensors", content) for content in (
     json.dumps(CONFIG | change).encode() for change in (
         dict(model_type="roberta"), dict(hidden_act="relu"), dict(hidden_size=None))))
 ] + [("vocab.txt", content) for content in (None, b"\xff", b"[PAD]\n[UNK]\na")]
+WRONG_SIZE = [("\n".join(WORDS[:-1]), "59 tokens"), ("\n".join([*WORDS, "more"]), "61 tokens")]
+
+
+@pytest.mark.parametrize("vocabulary, what", WRONG_SIZE)
+def test_a_vocabulary_of_another_size(folder, capsys, vocabulary, what):
+    """A vocabulary that does not number the rows of the embeddings is refused: exit code 2."""
+    (folder / "vocab.txt").write_text(vocabulary)
+    assert run_main(folder, "") == 2 and what in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file, content", BAD_FILES)
@@ -1539,11 +1552,41 @@ def test_methods(folder, method):
 
 @pytest.mark.parametrize("flags", [
     "--rank 0", "--t-i 0.9 --t-f 0.9", "--t-i -1", "--data none", "--model none", "--lr 0",
-    "--batch-size 0", "--epochs 0", "--limit 0", "--limit -1"])
+    "--lr -1", "--lr nan", "--head-lr inf", "--batch-size 0", "--epochs 0", "--limit 0",
+    "--limit -1", "--method head --limit 0", "--amp fp16", "--checkpoint-every -1",
+    "--method freezenet --keep 2", "--method freezenet --train-matrices none"])
 def test_wrong_flags(folder, capsys, flags):
-    """Wrong flags and folders: exit code 2 and one line that says why."""
+    """Wrong flags and folders: exit code 2 and one line that names the flag at fault."""
+    if torch.cuda.is_available() and "fp16" in flags:
+        pytest.skip("fp16 is right here")
     assert run_main(folder, flags) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    message, = capsys.readouterr().err.strip().splitlines()
+    words = flags.split()[-2].strip("-").replace("-", "[-_ ]?")
+    if words not in ("data", "model"):
+        assert re.search(words.replace("train[-_ ]?matrices", "0 parameters"), message), message
+
+
+def test_t_i_and_t_f_may_fill_the_run(folder):
+    """Shares that add up to 1 fit for every number of steps, though each is rounded."""
+    assert run_main(folder, "--epochs 5 --batch-size 24 --t-i 0.3 --t-f 0.7") == 0
+
+
+def test_freezenet_starts_as_the_plain_model_and_resumes(folder, capsys):
+    """The pass that chooses leaves s_b at 0; a stopped run of kept elements goes on bit for bit."""
+    flags = "--method freezenet --epochs 3 --batch-size 4 --checkpoint-every 4"
+    assert run_main(folder, flags + f" --out {folder / 'whole'}") == 0
+    seen = []
+
+    def train(model, *arguments, real=aflora.train, **options):
+        seen.append([layer.s_b.abs().sum().item() for layer in aflora.adapters_of(model).values()])
+        return real(model, *arguments, **options | dict(stop=stop_after(8)))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((SystemExit, IndexError)):
+        patch.setattr(aflora, "train", train)
+        run_main(folder, flags)
+    assert seen == [[0.0] * 12]
+    assert glue.main(["--resume", str(folder / "out")]) == 0
+    (folder / "out/freeze_map.txt").touch(), (folder / "whole/freeze_map.txt").touch()
+    assert_same_folders(folder / "out", folder / "whole")
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -1604,19 +1647,21 @@ def test_killed_runs_resume(monkeypatch):
 
 
 def test_a_full_disk_is_named_and_spares_the_checkpoint(folder):
-    """With a limit on the size of files the first checkpoint fails: one line names the file, exit
-    code 2, nothing half-written; a good one that was there before is still there."""
-    (folder / "out").mkdir()
-    (folder / "out/checkpoint.pt").write_bytes(b"the last good one")
+    """With a limit on the size of files a resumed run fails at its next checkpoint: the last line
+    names the file, exit code 2, nothing half-written; the last good checkpoint is still there."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((SystemExit, IndexError)):
+        patch.setattr(aflora, "train", lambda *a, real=aflora.train, **options: real(
+            *a, **options | dict(stop=stop_after(2))))
+        run_main(folder, "--epochs 9")
+    good = (folder / "out/checkpoint.pt").read_bytes()
     limited = ("import resource, sys, train_glue_small as t; "
                "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); sys.exit(t.main())")
     done = subprocess.run(
-        [sys.executable, "-c", limited, "--task", "sst2", "--model", ".", "--data", ".", "--out",
-         "out"], cwd=folder, env=dict(os.environ, PYTHONPATH=str(Path(__file__).parent)),
-        capture_output=True, encoding="utf-8", timeout=120)
+        [sys.executable, "-c", limited, "--resume", "out"], cwd=folder,
+        env=dict(os.environ, PYTHONPATH=str(Path(__file__).parent)), capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: out/checkpoint.pt: ")
-    assert (folder / "out/checkpoint.pt").read_bytes() == b"the last good one"
+    assert (folder / "out/checkpoint.pt").read_bytes() == good
     assert not list(folder.rglob("*.part"))
 
 
@@ -1660,7 +1705,8 @@ def distributed(folder, processes, *flags):
 def test_two_processes_train_as_one(folder):
     """The same global batches on one and on two gloo processes: the same freezing steps, weights
     equal within float tolerance, both ranks bit-equal, less to send when everything is frozen."""
-    flags = ["--epochs", "8", "--batch-size", "5"]  # 24 rows: the last batch of 4 is shared, too
+    # 21 rows: of the last batch's one the second process has none.
+    flags = ["--epochs", "8", "--batch-size", "5", "--limit", "21"]
     results, adapters = [], []
     for processes in (1, 2):
         process = distributed(folder, processes, *flags)
@@ -1675,6 +1721,22 @@ def test_two_processes_train_as_one(folder):
     assert two["bytes_per_step_all_frozen"] == two["bytes_per_step"] - 4 * 2 * 2 * 4 * (32 + 48)
     for name, value in adapters[0]["learned"].items():
         torch.testing.assert_close(adapters[1]["learned"][name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_processes_that_froze_differently_stop(monkeypatch):
+    """The check before the gradients meet: other frozen matrices elsewhere are noticed."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "examples")
+    import distributed as example
+    freezer = AdaptiveFreezer(adapted()[1], 100, 10, 20)
+    average, freezer.step = example.Average(freezer, torch.device("cpu")), 10
+    monkeypatch.setattr(example, "WORLD", 2)
+    for other, alike in ((0, True), (1, False)):  # what the other process adds to the sum
+        monkeypatch.setattr(example.dist, "all_reduce", lambda t: t.mul_(2).add_(other))
+        if alike:
+            average.check()
+        else:
+            with pytest.raises(AFLoRAError, match="froze differently by step 10"):
+                average.check()
 
 
 def test_a_process_that_dies_ends_the_run(folder):

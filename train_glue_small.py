@@ -2,7 +2,6 @@
 
     python train_glue_small.py                       both tasks, AFLoRA; minutes on a CPU
     python train_glue_small.py --preset full         all rows, the paper's epochs; what CUDA does
-    python train_glue_small.py --task mrpc --method lora
     python train_glue_small.py --resume runs/mrpc-aflora-s0     go on where a run was stopped
     python train_glue_small.py --help                every flag
 
@@ -160,8 +159,7 @@ class Bert(nn.Module):
 
 
 def read_weights(path):
-    """{name: tensor} of a .bin or .safetensors file; neither can run code here. The latter holds
-    8 bytes of header length, a JSON header {name: dtype, shape, data_offsets}, the values."""
+    """{name: tensor} of a .bin or .safetensors file (header length, JSON, values); runs no code."""
     if path.suffix == ".bin":
         return torch.load(path, map_location="cpu", weights_only=True)
     kinds = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
@@ -180,10 +178,9 @@ class BertClassifier(nn.Module):
     """ids, segments, mask (N, T) -> logits (N, classes): encoder, mean over real tokens, head."""
     def __init__(self, encoder, classes=2):
         super().__init__()
-        self.encoder, hidden = encoder, encoder.word_embeddings.embedding_dim
-        self.head = nn.Sequential(
-            Dropout(encoder.dropout.p), nn.Linear(hidden, hidden), nn.Tanh(),
-            Dropout(encoder.dropout.p), nn.Linear(hidden, classes))
+        self.encoder, hidden, p = encoder, encoder.word_embeddings.embedding_dim, encoder.dropout.p
+        self.head = nn.Sequential(Dropout(p), nn.Linear(hidden, hidden), nn.Tanh(),
+                                  Dropout(p), nn.Linear(hidden, classes))
 
     def forward(self, ids, segments, mask):
         x = self.encoder(ids, segments, mask)
@@ -422,7 +419,8 @@ def run_task(name, task, args, device, precision):
     recipe = RECIPES[preset, name] | METHODS[args.method]
     recipe |= {key: value for key, value in vars(args).items() if key in recipe}
     size, epochs, limit = recipe["batch_size"], recipe["epochs"], recipe["limit"]
-    if min(size, epochs, limit or 1) < 1 or not 0 <= recipe["t_i"] + recipe["t_f"] <= 1:
+    lowest, frozen = min(size, epochs, 1 if limit is None else limit), recipe["t_i"] + recipe["t_f"]
+    if lowest < 1 or not 0 <= frozen <= 1:
         raise AFLoRAError("--batch-size, --epochs, --limit: at least 1; --t-i + --t-f: at most 1")
     print(f"\n{task.title}: {len(task.train)} rows to train on, {len(task.dev)} dev, {task.source}")
     print(f"{args.method}, {preset}:", ", ".join(f"{key} {value}" for key, value in recipe.items()))
@@ -451,7 +449,8 @@ def run_task(name, task, args, device, precision):
     print(f"weights from {weights}\ndev accuracy before training: {plain:.2f} plain, {wrapped:.2f} "
           f"with adapters ({'equal' if plain == wrapped else 'NOT EQUAL'})")
     total = epochs * -(-len(examples.labels) // size)
-    freezer, t_i, t_f = None, round(recipe["t_i"] * total), round(recipe["t_f"] * total)
+    freezer, t_i = None, round(recipe["t_i"] * total)
+    t_f = min(round(recipe["t_f"] * total), total - t_i)
     loss = lambda model, batch: F.cross_entropy(model(*batch[:-1]).float(), batch[-1])  # noqa: E731
     if args.method == "aflora" and args.train_matrices != "none":
         freezer = aflora.AdaptiveFreezer(layers, total, t_i, t_f, sensitivity=args.sensitivity)
@@ -464,27 +463,31 @@ def run_task(name, task, args, device, precision):
         names = [name for name, _ in model.named_parameters() if "lora_" in name]
         for layer in layers.values():
             nn.init.ones_(layer.s_b)  # only now: at 0 no gradient reaches A and B
-        masks = aflora.freeze_one_shot(model, lambda net: sum(loss(net, batch) for batch in few),
-                                       recipe["keep"], args.sensitivity, names).values()
+        aflora.freeze_one_shot(model, lambda net: sum(loss(net, batch) for batch in few),
+                               recipe["keep"], args.sensitivity, names)
         for layer in layers.values():
             nn.init.zeros_(layer.s_b)
-        print(f"one shot keeps {sum(int(mask.sum()) for mask in masks):,} of "
-              f"{sum(mask.numel() for mask in masks):,} elements of A and B trainable")
     count = lambda part: sum(p.numel() for p in part.parameters() if p.requires_grad)  # noqa: E731
     mrpc, start = name == "mrpc", count(model.encoder)
     run = dict(task=name, method=args.method, preset=preset, seed=args.seed, **recipe,
                sensitivity=args.sensitivity, train_matrices=args.train_matrices)
-    fixed = run | dict(texts=zlib.crc32(examples.ids.numpy()), weights=zlib.crc32(
-        model.encoder.word_embeddings.weight.detach().cpu().numpy()))
+    crc = lambda tensors: functools.reduce(  # noqa: E731
+        lambda found, t: zlib.crc32(t.cpu().numpy().tobytes(), found), tensors, 0)
+    fixed = run | dict(crc_of_weights=crc(model.encoder.state_dict().values()), crc_of_texts=crc(
+        (examples.ids, examples.labels, dev.ids, dev.labels)))
     checkpoint, caught = out / "checkpoint.pt", []
+    if checkpoint.exists() and not args.resume:
+        raise AFLoRAError(f"{checkpoint} is of a stopped run: --resume {out}, or remove it")
     with blame(checkpoint):
         there = aflora.read_file(checkpoint, CHECKPOINT_FORMAT)["label"] if args.resume else fixed
         aflora.expect_equal({key: there[key] for key in fixed}, fixed)
-
     def on_signal(number, frame):  # the step is finished first, unless asked twice
         if caught:
             raise KeyboardInterrupt
         caught.append(number)
+    def on_log(line):
+        with blame(log.name):
+            print(json.dumps(line), file=log)
     handlers = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         with open(out / "log.jsonl", "w", encoding="utf-8", buffering=1) as log:
@@ -492,12 +495,12 @@ def run_task(name, task, args, device, precision):
                 model, lambda epoch: examples.batches(size, args.seed, epoch), loss, epochs=epochs,
                 lr=recipe["lr"], head_lr=recipe["head_lr"], weight_decay=0.01, stop=lambda: caught,
                 precision=precision, evaluate=evaluate, label=vars(args) | fixed, freezer=freezer,
-                on_log=blame(log.name)(lambda line: print(json.dumps(line), file=log)),
-                checkpoint=checkpoint, checkpoint_every=args.checkpoint_every, resume=args.resume)
+                on_log=on_log, checkpoint=checkpoint, checkpoint_every=args.checkpoint_every,
+                resume=args.resume)
     except KeyboardInterrupt:
         aflora.save_adapter(model, out / "adapter.pt")
-        print(f"\nstopped; what was learned so far is in {out / 'adapter.pt'}; to go on:\n"
-              f"python train_glue_small.py --resume {out}")
+        print(f"\nstopped; what was learned so far is in {out / 'adapter.pt'}" + (
+            f"; to go on: python train_glue_small.py --resume {out}" * checkpoint.exists()))
         raise SystemExit(128 + caught[0])  # 130 for Ctrl-C, 143 for SIGTERM
     finally:
         for number, handler in handlers.items():
@@ -540,8 +543,7 @@ def main(argv=None):
     flag = parser.add_argument
     flag("--task", default="both", choices=("sst2", "mrpc", "both"), help="the data to train on")
     flag("--method", default="aflora", choices=tuple(METHODS), help="what trains")
-    flag("--preset", default="auto", choices=("auto", "quick", "full"),
-         help="rows, epochs, batch and schedule; auto: full on CUDA, quick on a CPU")
+    flag("--preset", default="auto", choices=("auto", "quick", "full"), help="auto: full on CUDA")
     flag("--sensitivity", default="gradient-weight", help="equation (2) of the score",
          choices=("gradient-weight", "gradient", "weight"))
     flag("--train-matrices", default="ffn", choices=("ffn", "attention", "all", "none"),
@@ -550,8 +552,7 @@ def main(argv=None):
          help="mixed precision; auto: bf16 where it is native, else fp16 on CUDA, off on a CPU")
     flag("--seed", default=0, type=int, help="of data order, head, dropout and random matrices")
     flag("--model", help="folder: config.json, vocab.txt, weights; %(default)s: MiniLM-L6-H384")
-    flag("--data", default=os.environ.get("AFLORA_DATA"),
-         help="folder with SST-2/ and MRPC/ (default: $AFLORA_DATA, now %(default)s; None: fetch)")
+    flag("--data", default=os.environ.get("AFLORA_DATA"), help="folder of texts; else fetched")
     flag("--out", help="folder of the run; %(default)s: runs/TASK-METHOD-sSEED")
     flag("--checkpoint-every", default=100, type=int, help="steps; besides one after each epoch")
     flag("--resume", metavar="FOLDER", help="of a stopped run: goes on, with the flags it had")
@@ -571,6 +572,7 @@ def main(argv=None):
             content = aflora.read_file(Path(args.resume, "checkpoint.pt"), CHECKPOINT_FORMAT)
             parser.set_defaults(**content["label"])
             args = parser.parse_args(argv)
+            aflora.expect_equal(dict(task=content["label"]["task"]), dict(task=args.task))
         precision, tasks, notes = choose_precision(args.amp, device), {}, []
         for name in ("sst2", "mrpc") if args.task == "both" else (args.task,):
             try:
@@ -580,9 +582,9 @@ def main(argv=None):
                 notes.append(f"{name} is skipped: {error}")
         if not tasks:
             raise ConnectionError("; ".join(notes))
-        versions = ", ".join(f"{package} {version}" for package, version in VERSIONS.items())
-        print(*notes, f"{versions}, device {device}, {torch.get_num_threads()} threads, precision "
-              f"{precision}, seed {args.seed}", sep="\n")
+        print(*notes, ", ".join(f"{package} {version}" for package, version in VERSIONS.items()) + (
+            f", device {device}, {torch.get_num_threads()} threads, precision {precision}, seed "
+            f"{args.seed}"), sep="\n")
         for name, task in tasks.items():
             run_task(name, task, args, device, precision)
         print(*notes, sep="\n", end="\n" * bool(notes))
@@ -590,7 +592,6 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
         return 130
     return 0
 

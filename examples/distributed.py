@@ -50,25 +50,27 @@ class Average:
     """on_gradients of train(): the mean over all processes, and a check that they froze alike."""
 
     def __init__(self, freezer, device):
-        self.freezer, self.agreed = freezer, torch.ones((), dtype=torch.bool, device=device)
+        self.freezer, self.device, self.checked = freezer, device, 0
         self.sent = []  # bytes of each step's all-reduce
 
     def __call__(self, parameters):
-        # A number below 2^16, exact in float32 as a sum over up to 256 processes.
-        frozen = zlib.crc32(json.dumps(self.freezer.frozen_at).encode()) % 2**16
+        if self.freezer.step != self.checked:  # after a logged line, the only place of freezing
+            self.check()
         grads = [p.grad.float().flatten() for p in parameters]
-        flat = torch.cat([*grads, grads[0].new_tensor([frozen])])
+        flat = torch.cat(grads)
         dist.all_reduce(flat)
-        self.agreed &= flat[-1] == frozen * WORLD
-        parts = (flat[:-1] / WORLD).split([grad.numel() for grad in grads])
-        for p, part in zip(parameters, parts):
+        for p, part in zip(parameters, (flat / WORLD).split([grad.numel() for grad in grads])):
             p.grad.copy_(part.view_as(p))
         self.sent.append(flat.numel() * flat.element_size())
 
-    def check(self, line):
-        """on_log: reads the outcome where the host waits for the device anyway."""
-        if not self.agreed:
-            raise aflora.AFLoRAError(f"processes froze different matrices by step {line['step']}")
+    def check(self):
+        """Eight bytes, before gradients of different sizes could meet."""
+        self.checked = self.freezer.step
+        frozen = zlib.crc32(json.dumps(self.freezer.frozen_at).encode())
+        total = torch.tensor([frozen], device=self.device)
+        dist.all_reduce(total)
+        if total.item() != frozen * WORLD:
+            raise aflora.AFLoRAError(f"processes froze differently by step {self.checked}")
 
 
 def train(args, device):
@@ -82,7 +84,9 @@ def train(args, device):
         model, companion.ATTENTION + companion.FFN, recipe["rank"], seed=args.seed,
         train_matrices=companion.FFN, modules_to_save=["head"])
     torch.manual_seed(args.seed + RANK)  # every process its own dropout
-    examples = companion.Examples(task.train[:args.limit or recipe["limit"]], tokenizer)
+    order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(args.seed))
+    rows = [task.train[i] for i in order[:args.limit or recipe["limit"]]]
+    examples = companion.Examples(rows, tokenizer)
     dev = companion.Examples(task.dev, tokenizer)
     precision = companion.choose_precision(args.amp, device)
     total = epochs * -(-len(examples.labels) // size)
@@ -92,7 +96,7 @@ def train(args, device):
     report = aflora.train(
         model, lambda epoch: Share(examples, examples.batches(size, args.seed, epoch).dataset),
         loss, epochs=epochs, lr=lr, head_lr=head_lr, freezer=freezer, precision=precision,
-        weight_decay=0.01, on_gradients=average, on_log=average.check,
+        weight_decay=0.01, on_gradients=average,
         evaluate=lambda model: companion.metrics(
             companion.predict(model, dev, precision), dev.labels))
     values = b"".join(v.cpu().numpy().tobytes() for v in aflora.saved_values(model).values())
@@ -120,12 +124,22 @@ def main():
     flag("--data", default=os.environ.get("AFLORA_DATA"), help="folder with the texts")
     flag("--out", default="runs/distributed", help="folder of the run")
     args = parser.parse_args()
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1"), os.environ.setdefault("MASTER_PORT", "29507")
+    for name, value in dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29507", RANK="0",
+                            WORLD_SIZE="1").items():
+        os.environ.setdefault(name, value)  # started without torchrun: one process
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=RANK,
+    store = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=30)))[0]
+    if RANK == 0:  # it alone downloads, the others wait for as long as that takes
+        try:
+            companion.load_task(args.task, args.data), companion.prepare(args, device)
+        except (aflora.AFLoRAError, OSError) as error:
+            sys.exit(f"error: {error}")
+        store.set("files", "there")
+    store.wait(["files"], datetime.timedelta(minutes=30))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=RANK,
                             world_size=WORLD, timeout=datetime.timedelta(seconds=50))
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
