@@ -348,11 +348,9 @@ def seed_weights(model, seed=0, overwrite=True):
 
 def keep_elements(model, masks):
     """Leaves trainable only those elements where masks {parameter name: bool tensor} are true."""
-    names = [name for name, _ in model.named_parameters()]
     for name, mask in masks.items():
-        if name not in names:
-            raise AFLoRAError(f"{name}: no parameter of this model, or parts of it are frozen")
-        (module, _, key), p = name.rpartition("."), model.get_parameter(name)
+        with blame(f"{name} (are parts of it frozen already?)"):
+            (module, _, key), p = name.rpartition("."), model.get_parameter(name)
         p.requires_grad_(bool(mask.any()))
         if mask.any() and not mask.all():
             kept = Kept(p.detach().clone(), mask.nonzero().T.to(p.device))
@@ -518,8 +516,9 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
     lr, head_lr: peak learning rates, head_lr of modules_to_save; linear warm-up over the share
     `warmup` of all steps, then linear decay to 0. weight_decay: of matrices. clip: maximal gradient
     norm. accumulate: micro-batches per step, equally weighted. precision: "fp32", "bf16", "fp16"
-    (with a GradScaler). on_log(dict): each logged line, every 10 steps and at the freezer's looks;
-    only there does the host wait for the device. One step, also in a loop of your own:
+    (with a GradScaler). on_log(dict): each logged line, every 10 steps, at the freezer's looks and
+    at an epoch's end; only there and at checkpoints does the host wait for the device. One step,
+    also in a loop of your own:
         scaler.scale(loss).backward() per micro-batch, on_gradients(parameters) to average over
         processes, scaler.unscale_(optimizer), freezer.update(found_inf), clipping,
         scaler.step(optimizer), scaler.update(), freezer.freeze(completed steps, optimizer),
