@@ -22,23 +22,28 @@ import test_aflora  # noqa: E402
 
 
 def run(folder, out, kill_after=None):
-    """Starts the companion, or resumes `out` if it has a checkpoint. True if it ended by itself."""
+    """Starts the companion, or resumes `out` if it has a checkpoint, and kills it so many seconds
+    after its log appeared. Returns the seconds from there to its own end, None if it was killed."""
     command = [sys.executable, str(ROOT / "train_glue_small.py")]
     if (out / "checkpoint.pt").exists():
         command += ["--resume", str(out)]
     else:
         command += ["--task", "mrpc", "--model", str(folder), "--data", str(folder), "--out",
-                    str(out), "--epochs", "12", "--batch-size", "4", "--checkpoint-every", "3"]
+                    str(out), "--epochs", "40", "--batch-size", "4", "--checkpoint-every", "3"]
+    (out / "log.jsonl").unlink(missing_ok=True)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not (out / "log.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+    began = time.perf_counter()
     try:
         _, errors = process.communicate(timeout=kill_after)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-        return False
+        return None
     if process.returncode:
         raise RuntimeError(errors.decode())
-    return True
+    return time.perf_counter() - began
 
 
 def main(kills, seed=0):
@@ -46,14 +51,10 @@ def main(kills, seed=0):
     draw, equal = random.Random(seed), 0
     with tempfile.TemporaryDirectory() as folder:
         folder = test_aflora.make_folder(Path(folder))
-        began = time.perf_counter()
-        run(folder, folder / "whole")
-        longest = time.perf_counter() - began
-        count = 0
+        longest, count = run(folder, folder / "whole"), 0
         while count < kills:
             out = folder / "killed"
-            # Most of the time goes into importing torch: the last 60 % hold all of the training.
-            if not run(folder, out, kill_after=longest * draw.uniform(0.4, 1)):
+            if run(folder, out, kill_after=longest * draw.random()) is None:
                 count += 1
                 at = "with a" if (out / "checkpoint.pt").exists() else "before its first"
                 run(folder, out)
