@@ -1658,7 +1658,8 @@ def test_a_full_disk_is_named_and_spares_the_checkpoint(folder):
                "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); sys.exit(t.main())")
     done = subprocess.run(
         [sys.executable, "-c", limited, "--resume", "out"], cwd=folder,
-        env=dict(os.environ, PYTHONPATH=str(Path(__file__).parent)), capture_output=True, encoding="utf-8", timeout=120)
+        env=dict(os.environ, PYTHONPATH=str(Path(__file__).parent)), capture_output=True,
+        encoding="utf-8", timeout=120)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: out/checkpoint.pt: ")
     assert (folder / "out/checkpoint.pt").read_bytes() == good
