@@ -983,11 +983,11 @@ def assert_same_run(one, other):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, precision):
     """Bit for bit: weights, scores, freezing, log, metrics; stopped before t_i, in the ramp, at the
-    end of an epoch, in the middle of one, after everything is frozen."""
+    end of an epoch, in the middle of one, after everything is frozen, after the last step."""
     whole = resumable(tmp_path / "whole.pt", precision)
     assert len(whole[1]["frozen_at"]) == 8 and (whole[1]["report"]["skipped"] > 0) == (
         precision == "fp16")
-    for steps in (2, 5, 21, 23, 37, 50, 58):
+    for steps in (2, 5, 21, 23, 37, 50, 58, 60):
         path = tmp_path / f"{steps}.pt"
         with pytest.raises(KeyboardInterrupt):
             resumable(path, precision, stop=stop_after(steps))
@@ -1049,6 +1049,13 @@ def test_no_checkpoint_after_a_bad_step(tmp_path):
     kept = torch.load(tmp_path / "c.pt", weights_only=True)
     assert kept["at"]["step"] == 2
     train(adapted()[0], lambda epoch: batches, loss_of, resume=True, **options)
+
+
+def test_fp16_stops_where_a_loss_is_not_finite():
+    """Overflowed gradients are the scaler's business, a NaN loss is not: the run names the step."""
+    bad = [(x * math.nan, y) if i == 3 else (x, y) for i, (x, y) in enumerate(data())]
+    with pytest.raises(AFLoRAError, match="from step 4 on"):
+        train(adapted()[0], lambda epoch: bad, loss_of, epochs=2, lr=1e-2, precision="fp16")
 
 
 def test_batches_may_be_dicts():
