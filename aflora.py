@@ -22,7 +22,7 @@ from functools import partial, reduce
 
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
 from torch.nn.utils import get_total_norm, parametrize
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 FOLD_UP_TO_RANK = 64  # above, with B frozen, scaling activations is cheaper than folding: ELoRA
@@ -30,10 +30,8 @@ ADAPTER_FORMAT, CHECKPOINT_FORMAT = "aflora adapter 1", "aflora checkpoint 1"
 COMPUTE_TYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 LOG_EVERY = 10  # steps between two transfers of the loss from the device
 
-
 class AFLoRAError(ValueError):
     """Something the user can mend: an argument, a file, an order of calls. The message says how."""
-
 
 # ----------------------------------------------------------------------------------- the layer, (1)
 def kaiming_uniform(key, shape, a=0.0):
@@ -42,7 +40,6 @@ def kaiming_uniform(key, shape, a=0.0):
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
     bound = math.sqrt(6 / ((1 + a * a) * math.prod(shape[1:])))
     return torch.from_numpy(np.random.RandomState(seed).uniform(-bound, bound, shape)).float()
-
 
 class AFLoRALinear(nn.Module):
     """A linear module with the path of equation (1) beside it: x (..., in) -> y (..., out).
@@ -112,7 +109,6 @@ class AFLoRALinear(nn.Module):
             self.base.weight.data = self.kept_weight.to(self.base.weight.device)
             self.merged, self.kept_weight = False, None
 
-
 # ---------------------------------------------------------------------------- adapters into a model
 def find(targets, names, kind):
     """Those of `names` that `targets` selects: one regular expression on whole names, or a list of
@@ -125,7 +121,6 @@ def find(targets, names, kind):
         there = ", ".join(dict.fromkeys(re.sub(r"\d+", "*", n) for n in names)) or "none"
         raise AFLoRAError(f"no {kind} matches {', '.join(unmatched)}; there are: {there}")
     return [n for n in names if any(n in hits for hits in found.values())]
-
 
 def add_adapters(model, targets, rank=4, method="aflora", train_matrices="all",
                  modules_to_save=(), alpha=16, seed=0):
@@ -157,11 +152,9 @@ def add_adapters(model, targets, rank=4, method="aflora", train_matrices="all",
     for name, layer in layers.items():
         if method == "elora":
             layer.lora_A, layer.lora_B = pairs.setdefault(layer.shape, (layer.lora_A, layer.lora_B))
-        if name not in trained:
-            layer.lora_A.requires_grad = layer.lora_B.requires_grad = False
+        if name not in trained: layer.lora_A.requires_grad = layer.lora_B.requires_grad = False
         model.set_submodule(name, layer)
-    for name in saved:
-        modules[name].requires_grad_(True)
+    for name in saved: modules[name].requires_grad_(True)
     given = dict(targets=targets, train_matrices=train_matrices, modules_to_save=modules_to_save)
     model.adapter_config = dict(rank=rank, method=method, alpha=alpha, seed=seed) | {
         key: value if isinstance(value, str) else list(value) for key, value in given.items()}
@@ -172,23 +165,17 @@ def add_adapters(model, targets, rank=4, method="aflora", train_matrices="all",
     model.starts |= {n: None for n in model.state_dict() for m in saved if n.startswith(f"{m}.")}
     return layers
 
-
 def adapters_of(model):
     """{module name: AFLoRALinear}, in the model's order."""
     return {n: m for n, m in model.named_modules() if isinstance(m, AFLoRALinear)}
 
-
 def merge_adapters(model):
     """Merges every adapter into its base, see AFLoRALinear.merge."""
-    for layer in adapters_of(model).values():
-        layer.merge()
-
+    for layer in adapters_of(model).values(): layer.merge()
 
 def unmerge_adapters(model):
     """Takes every adapter out of its base again, bit for bit."""
-    for layer in adapters_of(model).values():
-        layer.unmerge()
-
+    for layer in adapters_of(model).values(): layer.unmerge()
 
 # -------------------------------------------------------------- the score (2)-(5), the schedule (6)
 def sensitivity(weight, grad, kind="gradient-weight"):
@@ -199,17 +186,14 @@ def sensitivity(weight, grad, kind="gradient-weight"):
     #      which a large weight at rest may freeze, too; and |w|, in its ablation
     return {"gradient-weight": weight * grad, "gradient": grad, "weight": weight}[kind].abs()
 
-
 def freezing_fraction(step, total_steps, t_i, t_f):
     """Equation (6): the share of matrices that is frozen after `step` of `total_steps`, all counted
     in optimizer steps. Raises AFLoRAError where t_i and t_f do not fit into total_steps."""
     if min(t_i, t_f) < 0 or t_i + t_f > total_steps:
         raise AFLoRAError(f"t_i = {t_i}, t_f = {t_f} do not fit into {total_steps} steps")
     # (6)  r(t) = 0 before t_i, 1 from T - t_f on, else 1 - (1 - (t - t_i) / (T - t_i - t_f))^3
-    if step >= total_steps - t_f:
-        return 1.0
+    if step >= total_steps - t_f: return 1.0
     return 0.0 if step < t_i else 1 - (1 - (step - t_i) / (total_steps - t_i - t_f)) ** 3
-
 
 class AdaptiveFreezer:
     """Scores all trainable A and B at each step; freezes the lowest r(t) share of them for good.
@@ -253,11 +237,9 @@ class AdaptiveFreezer:
         the step is skipped; default: not finite here. Raises AFLoRAError without a gradient."""
         if missing := ", ".join(name for name, p in self.live.items() if p.grad is None):
             raise AFLoRAError(f"{missing}: no gradient; backward() first, all adapters in use")
-        if not self.live:
-            return
+        if not self.live: return
         grads = [p.grad for p in self.live.values()]
-        if found_inf is None:
-            found_inf = ~get_total_norm(grads).isfinite()
+        found_inf = ~get_total_norm(grads).isfinite() if found_inf is None else found_inf
         weights = torch.cat([p.detach().flatten() for p in self.live.values()])
         # (2)  I(t) = |w * grad L|, or what `sensitivity` says
         I = sensitivity(weights, torch.cat([grad.flatten() for grad in grads]), self.kind)
@@ -272,22 +254,20 @@ class AdaptiveFreezer:
     def scores(self):
         """Equation (5) for every live matrix, {name: float}. One transfer from the device."""
         # (5)  s(t) = mean(Ibar * Ubar): both are >= 0, so the L1 norm (one foreach kernel) / count
-        if not (products := self.split(self.Ibar * self.Ubar)):
-            return {}
+        if not (products := self.split(self.Ibar * self.Ubar)): return {}
         sums = torch.stack(torch._foreach_norm(list(products.values()), 1)).tolist()
         return {name: s / products[name].numel() for name, s in zip(products, sums)}
 
     def shares(self):
         """(scheduled, realised): r(t) at the step that freeze() last saw, and what is frozen."""
-        r = freezing_fraction(self.step, **self.schedule)
-        return r, len(self.frozen_at) / len(self.matrices)
+        realised = len(self.frozen_at) / len(self.matrices)
+        return freezing_fraction(self.step, **self.schedule), realised
 
     def freeze(self, step, optimizer):
         """At a look, freezes what is due after `step` completed optimizer steps. Waits for the
         device only then. Returns the names of the newly frozen, lowest score first."""
         self.step = step
-        if (due := self.looks.get(step, 0) - len(self.frozen_at)) <= 0:
-            return []
+        if (due := self.looks.get(step, 0) - len(self.frozen_at)) <= 0: return []
         scores, halves = self.scores(), (self.split(self.Ibar), self.split(self.Ubar))
         chosen = sorted(scores, key=scores.get)[:due]  # a stable sort: ties in the model's order
         for name in chosen:  # each stays in its parameter group, so that a resume fits
@@ -312,9 +292,7 @@ class AdaptiveFreezer:
         """Takes up a state_dict() in a new freezer. Raises AFLoRAError for one of another run."""
         expect_equal(state["plan"], self.plan)
         vars(self).update({key: state[key] for key in self.state_dict()})
-        for name in self.frozen_at:
-            self.matrices[name].requires_grad_(False)
-
+        for name in self.frozen_at: self.matrices[name].requires_grad_(False)
 
 # ----------------------------------------------------------------- FreezeNet: once, before training
 class Kept(nn.Module):
@@ -323,28 +301,10 @@ class Kept(nn.Module):
     def __init__(self, start, positions):
         super().__init__()
         self.start, self.positions = nn.Buffer(start, persistent=False), nn.Buffer(positions)
-
     def forward(self, kept):
         return self.start.index_put(tuple(self.positions), kept)  # in the start's memory format
-
     def right_inverse(self, whole):
         return whole[tuple(self.positions)]
-
-
-@torch.no_grad()
-def seed_weights(model, seed=0, overwrite=True):
-    """Prepares a network for FreezeNet's files, in which its start is a seed. Gives it that start
-    if `overwrite`: Glorot-uniform kernels and matrices, biases 0, other vectors 1."""
-    model.adapter_config = dict(method="freezenet", seed=seed)
-    model.starts = dict.fromkeys(model.state_dict())  # a buffer has none
-    for name, p in model.named_parameters():
-        model.starts[name] = partial(torch.full, p.shape, float(not name.endswith("bias")))
-        if p.dim() > 1:
-            slope = math.sqrt(p.shape[0] / p.shape[1])
-            model.starts[name] = partial(kaiming_uniform, f"{seed}/{name}", p.shape, slope)
-        if overwrite:
-            p.copy_(model.starts[name]())
-
 
 def keep_elements(model, masks):
     """Leaves trainable only those elements where masks {parameter name: bool tensor} are true."""
@@ -355,7 +315,6 @@ def keep_elements(model, masks):
         if mask.any() and not mask.all():
             kept = Kept(p.detach().clone(), mask.nonzero().T.to(p.device))
             parametrize.register_parametrization(model.get_submodule(module), key, kept)
-
 
 def freeze_one_shot(model, loss, keep, sensitivity="gradient", names=None):
     """FreezeNet (Wimmer et al., arXiv 2011.14087): before training, leaves trainable the share
@@ -377,7 +336,6 @@ def freeze_one_shot(model, loss, keep, sensitivity="gradient", names=None):
     keep_elements(model, masks)
     return masks
 
-
 # -------------------------------------------------------------------------------------------- files
 def write_file(path, content):
     """Writes bytes, or else by torch.save, to a temporary name and renames: never half a file."""
@@ -391,7 +349,6 @@ def write_file(path, content):
     finally:
         part.unlink(missing_ok=True)
 
-
 @contextlib.contextmanager
 def blame(path):
     """Whatever goes wrong inside is this file's fault, and AFLoRAError says so."""
@@ -401,7 +358,6 @@ def blame(path):
         reason = error if isinstance(error, AFLoRAError) else f"{error!r:.300}"
         raise AFLoRAError(f"{path}: {reason}") from error
 
-
 def read_file(path, kind):
     """Reads what write_file wrote. Only tensors, numbers and strings: no file can run code here."""
     with blame(path), zipfile.ZipFile(path) as archive:
@@ -409,10 +365,8 @@ def read_file(path, kind):
         if claimed > os.path.getsize(path) or archive.testzip():
             raise AFLoRAError("it is damaged: a part's size or checksum is another one")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["format"] != kind:
-            raise AFLoRAError(f"it is no {kind}")
+        if content["format"] != kind: raise AFLoRAError(f"it is no {kind}")
         return content
-
 
 def expect_equal(there, here):
     """Raises AFLoRAError that names what differs between a file's dict and this run's."""
@@ -420,14 +374,12 @@ def expect_equal(there, here):
                    for key in here | there if here.get(key) != there.get(key)]:
         raise AFLoRAError(f"it does not fit: {'; '.join(differs[:3])}")
 
-
 def saved_values(model):
     """{full name: tensor} of all that a file covers: adapters, modules_to_save; or a network."""
     return {name: reduce(getattr, name.split("."), model).detach() for name in model.starts}
 
-
 def save_adapter(model, path):
-    """Writes what an adapted model, or a network from seed_weights, has learned. A tensor of which
+    """Writes what an adapted model, or a network that has .starts, has learned. A tensor of which
     at most half has left its random start is a seed, a checksum of the start, and positions and
     values of the rest. Raises AFLoRAError for a model without adapters."""
     if not hasattr(model, "starts"):
@@ -444,10 +396,8 @@ def save_adapter(model, path):
                 gaps = np.diff(moved.numpy(), prepend=0).astype("<u4").tobytes()  # small numbers
                 packed = torch.frombuffer(bytearray(zlib.compress(gaps, 9)), dtype=torch.uint8)
                 content["positions"][name], value = packed, value[moved]
-        if len(value) or not grow:
-            content["learned"][name] = value.clone()
+        if len(value) or not grow: content["learned"][name] = value.clone()
     write_file(path, content)
-
 
 def load_adapter(model, path):
     """Loads save_adapter's file into the plain model, or one with the same adapters, unmerged
@@ -456,11 +406,10 @@ def load_adapter(model, path):
     content = read_file(path, ADAPTER_FORMAT)
     with blame(path):
         config, new = content["config"], content["learned"]
-        if any(isinstance(module, Kept) for module in model.modules()):
-            raise AFLoRAError("elements of this model are frozen: load it into a plain one")
-        if not hasattr(model, "starts") and config["method"] == "freezenet":
-            seed_weights(model, config["seed"], overwrite=False)
-        elif not hasattr(model, "starts"):
+        if any(isinstance(module, Kept) for module in model.modules()) or (
+                config["method"] == "freezenet" and not hasattr(model, "starts")):
+            raise AFLoRAError("load it into a network with the start it had and nothing frozen yet")
+        if not hasattr(model, "starts"):
             add_adapters(model, **config)
         values = saved_values(model)
         shapes = {name: list(value.shape) for name, value in values.items()}
@@ -476,10 +425,8 @@ def load_adapter(model, path):
             new[name] = start.to(learned.dtype).index_copy(0, positions, learned)
         pairs = [(value, new[name].reshape(value.shape)) for name, value in values.items()]
     unmerge_adapters(model)
-    for value, tensor in pairs:
-        value.copy_(tensor)
+    for value, tensor in pairs: value.copy_(tensor)
     return adapters_of(model)
-
 
 # -------------------------------------------------------------------------------- the training loop
 @contextlib.contextmanager
@@ -488,8 +435,7 @@ def frozen_weights_in(model, dtype):
     Meanwhile the loaded ones hang on their parameters as .loaded; afterwards they come back."""
     frozen = {p for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters()
               if not p.requires_grad and p.dtype == torch.float32}
-    for p in frozen:
-        p.loaded, p.data = p.data, p.data.to(dtype)
+    for p in frozen: p.loaded, p.data = p.data, p.data.to(dtype)
     try:
         yield
     finally:
@@ -498,31 +444,25 @@ def frozen_weights_in(model, dtype):
             p.data = p.loaded
             del p.loaded
 
-
 def to_device(batch, device):
     """Moves all tensors of a batch; pinned memory lets a copy to CUDA overlap the computation."""
     pin = lambda t: t.pin_memory() if device.type == "cuda" and not t.is_cuda else t  # noqa: E731
     return tree_map_only(torch.Tensor, lambda t: pin(t).to(device, non_blocking=True), batch)
-
 
 def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, precision="fp32",
           accumulate=1, clip=1.0, warmup=0.06, weight_decay=0.0, evaluate=None, on_gradients=None,
           on_log=None, device=None, checkpoint=None, checkpoint_every=0, resume=False, stop=None,
           label=None):
     """Trains by AdamW what requires a gradient and freezes as `freezer` says. It knows no task.
-    batches: callable, epoch -> sized iterable of batches: tensors in tuples, lists or dicts; the
-    same whenever it is asked for that epoch, or a resumed run sees others.
-    loss: callable, (model, batch) -> scalar mean. evaluate: callable, model -> {metric: float}.
-    lr, head_lr: peak learning rates, head_lr of modules_to_save; linear warm-up over the share
-    `warmup` of all steps, then linear decay to 0. weight_decay: of matrices. clip: maximal gradient
-    norm. accumulate: micro-batches per step, equally weighted. precision: "fp32", "bf16", "fp16"
-    (with a GradScaler). on_log(dict): each logged line, every 10 steps, at the freezer's looks and
-    at an epoch's end; only there and at checkpoints does the host wait for the device. One step,
-    also in a loop of your own:
-        scaler.scale(loss).backward() per micro-batch, on_gradients(parameters) to average over
-        processes, scaler.unscale_(optimizer), freezer.update(found_inf), clipping,
-        scaler.step(optimizer), scaler.update(), freezer.freeze(completed steps, optimizer),
-        optimizer.zero_grad(set_to_none=True)
+    batches: callable, epoch -> sized iterable of batches: tensors in tuples, lists or dicts; always
+    the same for an epoch, or a resumed run sees others. loss: callable, (model, batch) -> scalar
+    mean. evaluate: callable, model -> {metric: float}. lr, head_lr: peak learning rates, head_lr of
+    modules_to_save; linear warm-up over the share `warmup` of all steps, then linear decay to 0.
+    weight_decay: of matrices. clip: maximal gradient norm. accumulate: micro-batches per step,
+    equally weighted. precision: "fp32", "bf16", "fp16" (with a GradScaler). on_gradients(parameters
+    with a gradient): once per step, to average over processes. on_log(dict): each logged line,
+    every 10 steps, at the freezer's looks and at an epoch's end; only there and at checkpoints does
+    the host wait for the device.
     checkpoint: a file, written after each epoch, each checkpoint_every steps and when stop(), asked
     after each step, is true, which raises KeyboardInterrupt. resume: go on from there, on a CPU bit
     for bit. label: dict, kept in it. A step whose gradient is not finite changes nothing and is not
@@ -532,9 +472,8 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
     if (precision not in COMPUTE_TYPES or min(epochs, accumulate, len(batches(0))) < 1
             or not all(0 < rate < math.inf for rate in (lr, head_lr, clip))
             or not 0 <= weight_decay < math.inf or not 0 <= warmup < 1 or checkpoint_every < 0):
-        raise AFLoRAError(f"precision {precision!r} must be fp32, bf16, fp16; epochs, accumulate, "
-                          "batches >= 1; finite lr, head_lr, clip > 0; weight_decay, "
-                          "checkpoint_every >= 0; 0 <= warmup < 1")
+        raise AFLoRAError("use precision fp32, bf16 or fp16; epochs, accumulate, batches >= 1; lr, "
+                          "head_lr, clip > 0; weight_decay, checkpoint_every >= 0; 0 <= warmup < 1")
     model.to(device := torch.device(device or next(model.parameters()).device))
     total = epochs * (per_epoch := math.ceil(len(batches(0)) / accumulate))
     if freezer and (planned := freezer.schedule["total_steps"]) != total:
@@ -543,17 +482,16 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
     head = {p for name in saved for p in model.get_submodule(name).parameters()}
     for p in (p for p in model.parameters() if p.requires_grad):
         rate, decay = head_lr if p in head else lr, weight_decay if p.dim() > 1 else 0.0
-        group = dict(params=[], lr=rate, peak_lr=rate, weight_decay=decay)
-        groups.setdefault((rate, decay), group)["params"].append(p)
+        groups.setdefault((rate, decay), []).append(p)
     if not groups:
         raise AFLoRAError("nothing in this model is trainable: add_adapters(model, ...) first")
-    optimizer = torch.optim.AdamW(list(groups.values()), fused=True)  # skips steps on the device
+    optimizer = torch.optim.AdamW([dict(params=params, lr=rate, peak_lr=rate, weight_decay=decay)
+                                   for (rate, decay), params in groups.items()], fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     autocast = torch.autocast(device.type, COMPUTE_TYPES[precision], enabled=precision != "fp32")
-    # Where the run is. step: completed ones. sums: since the last line, on the device, of losses,
-    # of skipped steps and of steps since the first bad one.
-    at = types.SimpleNamespace(attempted=0, step=0, skipped=0, logged=0, seconds=0.0, losses=0.0,
-                               history=[], log=[], sums=torch.zeros(3, device=device))
+    # Where the run is. sums: losses of this epoch, skipped steps, steps since the first bad one
+    at = types.SimpleNamespace(attempted=0, step=0, seconds=0.0, history=[], log=[],
+                               sums=torch.zeros(3, device=device))
     parts = [part for part in (optimizer, scaler, freezer) if part]
     frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     values = {n: value for n, value in model.state_dict().items() if n not in frozen}
@@ -564,41 +502,34 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
         content = read_file(checkpoint, CHECKPOINT_FORMAT)
         with blame(checkpoint):
             expect_equal(content["plan"], plan)
-            for name, value in values.items():
-                value.copy_(content["values"][name])
-            for part, state in zip(parts, content["parts"]):
-                part.load_state_dict(state)
+            for name, value in values.items(): value.copy_(content["values"][name])
+            for part, state in zip(parts, content["parts"]): part.load_state_dict(state)
             torch.set_rng_state(content["random"][0])
             torch.cuda.set_rng_state_all(content["random"][1:])
             vars(at).update(content["at"], sums=content["at"]["sums"].to(device))
-            for line in at.log if on_log else ():
-                on_log(line)
+            for line in at.log if on_log else (): on_log(line)
     looks = freezer.looks if freezer else ()
     bar = tqdm(total=total, initial=at.attempted, unit="step", mininterval=1)
     with frozen_weights_in(model, COMPUTE_TYPES[precision]), bar:
         for epoch in range(at.attempted // per_epoch, epochs):
             model.train()
-            began, examples = time.perf_counter(), 0
+            began = time.perf_counter()
             waiting = itertools.islice(batches(epoch), at.attempted % per_epoch * accumulate, None)
             while micro_batches := list(itertools.islice(waiting, accumulate)):
                 factor = min((at.step + 1) / (warmup * total + 1),
                              (1 - at.step / total) / (1 - warmup))
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * factor
+                for group in optimizer.param_groups: group["lr"] = group["peak_lr"] * factor
                 for batch in micro_batches:
-                    examples += next(len(t) for t in tree_leaves(batch) if torch.is_tensor(t))
                     with autocast:
                         batch_loss = loss(model, to_device(batch, device)) / len(micro_batches)
                     scaler.scale(batch_loss).backward()
                     at.sums[0] += batch_loss.detach()
                 live = [p for p in model.parameters() if p.grad is not None]
-                if on_gradients:
-                    on_gradients(live)
+                if on_gradients: on_gradients(live)
                 scaler.unscale_(optimizer)
                 norm = get_total_norm([p.grad for p in live])
                 found_inf = ~norm.isfinite()
-                if freezer:
-                    freezer.update(found_inf)
+                if freezer: freezer.update(found_inf)
                 nn.utils.clip_grads_with_norm_(live, clip, norm)
                 optimizer.found_inf = found_inf.float()  # AdamW skips; a scaler checks this itself
                 scaler.step(optimizer)
@@ -609,36 +540,29 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
                 bar.update()
                 epoch_ends = at.attempted % per_epoch == 0
                 if epoch_ends or at.step % LOG_EVERY == 0 or at.step in looks:
-                    losses, skips, bad = at.sums.tolist()  # waits for the device
+                    losses, skipped, bad = at.sums.tolist()  # waits for the device
                     if bad:
                         raise AFLoRAError(
                             f"loss or gradient not finite from step {at.attempted - bad + 1:.0f} "
                             f"on, learning rate {lr * factor:.1e}: lower lr")
-                    at.sums.zero_()
-                    at.skipped, at.losses = at.skipped + int(skips), at.losses + losses
-                    at.step, since = at.attempted - at.skipped, at.attempted - at.logged
-                    at.logged, spent = at.attempted, time.perf_counter() - began
-                    line = dict(epoch=epoch + 1, step=at.step, loss=losses / since, lr=lr * factor,
-                                skipped=at.skipped, examples_per_second=examples / spent)
-                    at.seconds, began, examples = at.seconds + spent, began + spent, 0
-                    shown = "loss {loss:.3f}  lr {lr:.1e}  {examples_per_second:.0f} examples/s"
+                    at.step, spent = at.attempted - int(skipped), time.perf_counter() - began
+                    at.seconds, began = at.seconds + spent, began + spent
+                    mean = losses / (at.attempted - epoch * per_epoch)  # of this epoch so far
+                    line = dict(epoch=epoch + 1, step=at.step, loss=mean, lr=lr * factor,
+                                skipped=int(skipped), seconds=at.seconds)
                     if freezer:
                         freezer.freeze(at.step, optimizer)
-                        line |= dict(frozen=len(freezer.frozen_at), matrices=len(freezer.matrices),
-                                     scheduled=freezer.shares()[0])
-                        shown += "  frozen {frozen}/{matrices} (scheduled {scheduled:.2f})"
-                    bar.set_postfix_str(shown.format(**line), refresh=False)
+                        line |= dict(zip(("scheduled", "frozen"), freezer.shares()))
+                    bar.set_postfix(line, refresh=False)
                     at.log.append(line)
-                    if on_log:
-                        on_log(line)
+                    if on_log: on_log(line)
                 optimizer.zero_grad(set_to_none=True)
                 if epoch_ends:
-                    mean, at.losses = at.losses / per_epoch, 0.0
+                    at.sums[0] = 0
                     at.history.append(dict(epoch=epoch + 1, step=at.step, loss=mean))
                     if evaluate:
                         model.eval()
-                        with torch.no_grad(), autocast:
-                            at.history[-1] |= evaluate(model)
+                        with torch.no_grad(), autocast: at.history[-1] |= evaluate(model)
                     bar.write("  ".join(f"{k} {v:.4g}" for k, v in at.history[-1].items()))
                 interrupted = stop and stop()
                 due = interrupted or epoch_ends or at.attempted % (checkpoint_every or total) == 0
@@ -647,12 +571,10 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
                         format=CHECKPOINT_FORMAT, plan=plan, label=label, values=values,
                         at=vars(at), parts=[part.state_dict() for part in parts],
                         random=[torch.get_rng_state(), *torch.cuda.get_rng_state_all()]))
-                if interrupted:
-                    raise KeyboardInterrupt
+                if interrupted: raise KeyboardInterrupt
             if at.attempted != (epoch + 1) * per_epoch:
                 raise AFLoRAError("batches(epoch) must hold as many in each epoch")
-    return dict(history=at.history, steps=at.step, skipped=at.skipped, seconds=at.seconds)
-
+    return dict(history=at.history, steps=at.step, skipped=total - at.step, seconds=at.seconds)
 
 def demo(steps=300, t_i=50, t_f=100, watched="2.lora_B"):
     """A frozen random network learns, by AFLoRA, to follow another one; in a loop of its own."""
@@ -675,6 +597,4 @@ def demo(steps=300, t_i=50, t_f=100, watched="2.lora_B"):
         optimizer.zero_grad()
     print(f"frozen after step: {freezer.frozen_at}")
 
-
-if __name__ == "__main__":
-    demo()
+if __name__ == "__main__": demo()

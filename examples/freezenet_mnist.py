@@ -12,11 +12,13 @@ figures/freezenet_mnist.png are made from that file. MNIST's four files lie in M
 --data (or $AFLORA_DATA), else in the cache, or are fetched; their content is checked by its sha256.
 """
 
-import argparse, contextlib, gzip, hashlib, io, json, os, statistics, sys, tempfile, time
+import argparse, contextlib, gzip, hashlib, io, json, math, os, statistics, sys, tempfile, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
-os.environ["TQDM_DISABLE"] = "1"  # several runs at once: their bars would mix
+if __name__ != "freezenet_mnist":  # several runs at once: their bars would mix
+    os.environ["TQDM_DISABLE"] = "1"
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
@@ -83,6 +85,20 @@ def lenet():
         nn.ReLU(), nn.Flatten(), nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10))
 
 
+@torch.no_grad()
+def seed_weights(model, seed):
+    """Gives a network a start that a file can hold as a seed: Glorot-uniform kernels and matrices,
+    biases 0, a norm's vectors 1. By .starts save_adapter and load_adapter know how to regrow it."""
+    model.adapter_config = dict(method="freezenet", seed=seed)
+    model.starts = dict.fromkeys(model.state_dict())  # None: of a buffer there is no seed
+    for name, p in model.named_parameters():
+        model.starts[name] = partial(torch.full, p.shape, float(not name.endswith("bias")))
+        if p.dim() > 1:
+            a = math.sqrt(p.shape[0] / p.shape[1])  # makes Kaiming's bound Glorot's
+            model.starts[name] = partial(aflora.kaiming_uniform, f"{seed}/{name}", p.shape, a)
+        p.copy_(model.starts[name]())
+
+
 def freeze(model, arm, factor, images, labels, seed):
     """Leaves PARAMETERS / factor elements of `model` trainable, chosen as `arm` says."""
     sensitivity, zeroed, _ = ARMS[arm]
@@ -110,7 +126,7 @@ def run(arm, factor, seed, epochs):
     precision = companion.choose_precision("auto", device)
     images, labels, test_images, test_labels = DATA
     model = lenet()
-    aflora.seed_weights(model, seed)
+    seed_weights(model, seed)
     if arm != "dense":
         freeze(model, arm, factor, images, labels, seed)
     model.to(device, memory_format=torch.channels_last)
