@@ -1,0 +1,300 @@
+"""Draws the README's pictures, figures/NAME.svg, from the runs under results/.
+
+    pip install matplotlib
+    python benchmarks/results.py            makes the results: results/quick, on CUDA results/full
+    python figures/make.py                  draws what can be drawn, says what lacks runs
+    python figures/make.py layer scores     these alone; --format png for slides
+
+freeze_map   when each matrix froze, mean over seeds       scores  the scores, until each froze
+schedule     share frozen, parameters trained, over steps  rules   the paper's rule, the authors'
+accuracy     every method against what it trains           layer   the adapted layer, needs no run
+One preset a picture, never both: the full one where there are results of it.
+"""
+
+import argparse, itertools, math, statistics, sys
+from pathlib import Path
+
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import results  # noqa: E402
+from aflora import freezing_fraction  # noqa: E402
+from claims import KINDS, choose_preset, place  # noqa: E402
+from results import AFLORA, METHODS, QUESTION_SEEDS, SEEDS, TASKS  # noqa: E402
+
+TITLES = dict(sst2="SST-2", mrpc="MRPC")
+LABELS = {"full": "full fine-tuning", "lora r=8": "LoRA r=8", "elora r=4": "ELoRA r=4",
+          "elora r=1024": "ELoRA r=1024", AFLORA: "AFLoRA r=4"}
+# Okabe and Ito's colours, which colour-blind readers tell apart; markers differ, too
+BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00".split()
+GREY, PALE = "#666666", "#D9D9D9"
+WHITE = dict(facecolor="white", alpha=0.7, linewidth=0, pad=1)  # behind a word
+LOOKS = {"full": ("#000000", "s"), "lora r=8": (ORANGE, "^"), "elora r=4": (GREEN, "v"),
+         "elora r=1024": (PINK, "D"), AFLORA: (BLUE, "o")}
+STYLE = {  # 8.4 inches are 806 px on a page; white all around, for dark pages
+    "figure.figsize": (8.4, 3.3), "figure.facecolor": "white", "savefig.facecolor": "white",
+    "figure.constrained_layout.use": True, "figure.constrained_layout.w_pad": 0.12,
+    "figure.constrained_layout.h_pad": 0.08, "font.size": 9, "axes.titlesize": 10,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+    "legend.frameon": False, "svg.hashsalt": "aflora", "hatch.linewidth": 0.6}
+
+
+# ------------------------------------------------------------------------------------ what is there
+def cells_of(task, arm, seeds):
+    """The finished runs, at least one; a picture that lacks them is left out."""
+    if not (cells := results.load(task, arm, seeds)):
+        raise FileNotFoundError(f"no run of {task}, {arm}, in {results.FOLDER.relative_to(ROOT)}")
+    return cells
+
+
+def title(cell, more=""):
+    """The task, and how much of it."""
+    rows = f"{cell['limit']:,} rows" if cell["limit"] else "all rows"
+    return f"{TITLES[cell['task']]} ({rows}, {cell['epochs']} epochs){more}"
+
+
+def sizes(cell):
+    """{matrix: its number of values}: 4 x 384 or 4 x 1536; checked against what the run counted."""
+    inner = {"intermediate.A": 384, "intermediate.B": 1536, "output.A": 1536, "output.B": 384}
+    found = {name: cell["rank"] * inner[place(name)[1]] for name in cell["frozen_at"]}
+    assert sum(found.values()) == cell["trainable_start"] - cell["trainable_end"]
+    return found
+
+
+def steps_of(cell):
+    """(t_i, T - t_f, T) of a run."""
+    total = cell["steps"]
+    return round(cell["t_i"] * total), total - round(cell["t_f"] * total), total
+
+
+# ----------------------------------------------------------------------------------- of the runs
+def freeze_map():
+    """Matrices x layers, both tasks; the step of freezing is the number and the colour."""
+    figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.1))
+    for axes, task in zip(panels, TASKS):
+        runs = cells_of(task, AFLORA, QUESTION_SEEDS)
+        where = [{place(name): at for name, at in run["frozen_at"].items()} for run in runs]
+        depth = 1 + max(layer for layer, _ in where[0])
+        first, last, total = steps_of(runs[0])
+        means = [[statistics.mean(at[layer, kind] for at in where) for layer in range(depth)]
+                 for kind in KINDS]
+        wide = [[*row, math.nan, statistics.mean(row)] for row in means]
+        image = axes.imshow(wide, cmap="viridis", vmin=first, vmax=last, aspect="auto")
+        for y, row in enumerate(wide):
+            for x, step in enumerate(row):
+                if x != depth:  # the gap before the mean
+                    axes.text(x, y, f"{step:.0f}", ha="center", va="center", fontsize=8.5,
+                              color="white" if step < (first + last) / 2 else "black")
+        axes.set_xticks([*range(depth), depth + 1], [*range(depth), "mean"])
+        axes.set_yticks(range(len(KINDS)), KINDS)
+        axes.set(title=title(runs[0]), xlabel=f"layer (mean over {len(runs)} seeds)")
+        axes.tick_params(length=0, grid_alpha=0)
+        axes.spines[:].set_visible(False)
+        bar = figure.colorbar(image, ax=axes, orientation="horizontal", aspect=30, pad=0.03)
+        bar.set_ticks(marks := [first + (last - first) * i / 4 for i in range(5)],
+                      labels=[f"{m:.0f}\n({100 * m / total:.0f} %)" for m in marks])
+        bar.set_label("frozen after step (share of the run)")
+        bar.outline.set_visible(False)
+    panels[1].set_yticklabels([])
+    figure.suptitle("The attention's A and B are not shown: they are frozen from the start",
+                    fontsize=9)
+
+
+def schedule():
+    """Left: scheduled and realised share; right: what still trains. Both from frozen_at alone."""
+    run, = cells_of("sst2", AFLORA, [0])
+    first, last, total = steps_of(run)
+    starts, size = [0, *sorted(set(run["frozen_at"].values()))], sizes(run)
+    gone = [[name for name, at in run["frozen_at"].items() if at <= step] for step in starts]
+    trained = [run["trainable_start"] - sum(size[name] for name in names) for names in gone]
+    edges = [*starts, total]
+    left, right = plt.subplots(1, 2)[1]
+    left.plot(range(total + 1), [100 * freezing_fraction(t, total, first, total - last)
+                                 for t in range(total + 1)], color=ORANGE, label="scheduled, r(t)")
+    left.stairs([100 * len(names) / len(size) for names in gone], edges, baseline=None, color=BLUE,
+                linewidth=1.5, label="realised")
+    left.legend(loc="lower right")
+    left.set(title=title(run, ", seed 0"), ylabel="share of A and B that is frozen (%)")
+    right.stairs([count / 1000 for count in trained], edges, baseline=None, color=BLUE,
+                 linewidth=1.5)
+    mean = sum(count * (b - a) for count, a, b in zip(trained, edges, edges[1:])) / total
+    assert abs(mean - run["trainable_average"]) < 1, (mean, run["trainable_average"])
+    right.axhline(mean / 1000, color=GREY, linestyle="--", linewidth=1)
+    right.text(total, mean / 1000 + 1, f"average: {mean:,.0f}", ha="right")
+    right.text(total, run["trainable_end"] / 1000 - 2, "the vectors $s_d$, $s_b$ alone: "
+               f"{run['trainable_end']:,}", ha="right", va="top")
+    right.set(title="What trains (the head not counted)", ylabel="adapter parameters (thousands)",
+              ylim=(0, None))
+    for axes, height in ((left, 50), (right, 5)):
+        axes.set(xlabel="optimizer step", xlim=(0, total))
+        for step, word, side in ((first, "$t_i$ ", "right"), (last, " $T - t_f$", "left")):
+            axes.axvline(step, color=GREY, linewidth=0.8, linestyle=":")
+            axes.text(step, height, word, ha=side, color=GREY)
+
+
+def scores():
+    """The score of each matrix until it froze: of six matrices by name, of the others in grey."""
+    run, = cells_of("sst2", AFLORA, [0])
+    record, order = run["record"], list(run["frozen_at"])
+    shown = [order[round(i * (len(order) - 1) / 5)] for i in range(6)]
+    axes = plt.subplots(figsize=(8.4, 3.9))[1]
+    for name in order:
+        points = [(t, at[name]) for t, at in zip(record["step"], record["scores"]) if name in at]
+        if name not in shown:
+            axes.plot(*zip(*points), "o-", color=PALE, linewidth=0.8, markersize=3,
+                      markevery=[-1], zorder=1)
+            continue
+        i, (depth, kind) = shown.index(name), place(name)
+        axes.plot(*zip(*points), color=(SKY, GREEN, ORANGE, PINK, RED, BLUE)[i], marker="osD^vP"[i],
+                  linewidth=1.6, markevery=[-1], markersize=8, markeredgecolor="black", zorder=2,
+                  label=f"layer {depth} {kind}, step {points[-1][0]}")
+    axes.plot([], [], "o-", color=PALE, linewidth=0.8, markersize=3, label="the others")
+    axes.legend(title="frozen after", loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8.5)
+    axes.set(title=title(run, ", seed 0: a marker is where a matrix froze"), yscale="log",
+             xlabel="optimizer step", ylabel="score s(t), equation (5), no unit", xlim=(0, None))
+
+
+def accuracy():
+    """Accuracy against trained parameters; who trains only the head is a line across."""
+    panels = plt.subplots(1, 2, figsize=(8.4, 3.7))[1]
+    for axes, task in zip(panels, TASKS):
+        runs = {arm: cells_of(task, arm, SEEDS) for arm in METHODS}
+        at = {arm: (statistics.mean(run["trainable_average"] for run in cells),
+                    statistics.mean(values := [run["accuracy"] for run in cells]),
+                    statistics.stdev(values) if len(values) > 1 else 0)
+              for arm, cells in runs.items()}
+        _, middle, apart = at.pop("head only")
+        axes.axhspan(middle - apart, middle + apart, color=PALE, alpha=0.6, linewidth=0)
+        axes.axhline(middle, color=GREY, linestyle="--", linewidth=1)
+        for arm, (trained, mean, deviation) in at.items():
+            axes.errorbar(trained, mean, deviation, color=LOOKS[arm][0], marker=LOOKS[arm][1],
+                          capsize=3, markersize=7, zorder=3)
+        axes.set(title=title(runs[AFLORA][0], f", {min(map(len, runs.values()))} seeds"),
+                 xlabel="parameters trained, average over the run\n(the head not counted)",
+                 xscale="log", xlim=(350, 9e7))
+        spans = [(middle, apart), *(span[1:] for span in at.values())]
+        low, high = min(m - d for m, d in spans), max(m + d for m, d in spans)
+        axes.set_ylim(low - (high - low) * 0.1, high + (high - low) * 0.15)
+        gap = (high - low) * 0.11  # a line of text
+        axes.text(8e7, middle, "head only: 0 parameters", ha="right", va="bottom", color=GREY)
+        # The methods that train little stand close together: their names in a column on the left
+        left = sorted((arm for arm in at if at[arm][0] < 1e5), key=lambda arm: at[arm][1])
+        heights = [at[arm][1] for arm in left]
+        for _, i in itertools.product(range(99), range(len(left) - 1)):  # push neighbours apart
+            push = max(0, gap - (heights[i + 1] - heights[i])) / 2
+            heights[i:i + 2] = heights[i] - push, heights[i + 1] + push
+        for arm, height in zip(left, heights):
+            axes.annotate(LABELS[arm], at[arm][:2], (450, height), va="center", zorder=4,
+                          weight="bold" if arm == AFLORA else "normal", bbox=WHITE,
+                          arrowprops=dict(arrowstyle="-", color=LOOKS[arm][0], linewidth=0.7))
+        for arm, x, side in (("lora r=8", at["lora r=8"][0], "center"), ("full", 8e7, "right")):
+            axes.text(x, sum(at[arm][1:]) + gap * 0.2, LABELS[arm], ha=side, va="bottom",
+                      bbox=WHITE, zorder=4)
+    panels[0].set_ylabel("dev accuracy (%), last epoch\nmean ± standard deviation")
+
+
+def rules():
+    """Two rules at work on the scores of one run in which nothing froze; r(t) is AFLoRA's."""
+    panels = plt.subplots(1, 2, sharey=True)[1]
+    for axes, task in zip(panels, TASKS):
+        (run,), (plan,) = cells_of(task, "never frozen", [0]), cells_of(task, AFLORA, [0])
+        record, (first, last, total) = run["record"], steps_of(plan)
+        planned = [freezing_fraction(t, total, first, total - last) for t in range(total + 1)]
+        assert [planned[t] for t in record["step"]] == record["scheduled"]
+        axes.plot([100 * r for r in planned], color=ORANGE, linewidth=1.6, label="scheduled, r(t)")
+        for key, color, line, label in (("paper", BLUE, "-", "realised, paper's rule"),
+                                        ("authors", RED, "--", "realised, authors' rule")):
+            axes.step([0, *record["step"]], [0, *(100 * share for share in record[key])], line,
+                      where="post", color=color, linewidth=1.6, label=label)
+        done = record["step"][record["authors"].index(1)]
+        axes.annotate(f"all frozen at step {done},\nscheduled: {100 * planned[done]:.0f} %",
+                      (done, 100), (done * 1.1, 62), color=RED,
+                      arrowprops=dict(arrowstyle="->", color=RED))
+        axes.set(title=title(run, ", seed 0"), xlabel="optimizer step", xlim=(0, total))
+    panels[0].set_ylabel("share of A and B that is frozen (%)")
+    panels[1].legend(loc="lower right")
+
+
+# ---------------------------------------------------------------------------------------- the layer
+def layer():
+    """One linear layer, 768 -> 3072 (the FFN's first of BERT-base), x at the bottom; no results."""
+    ways = dict(trained=dict(facecolor=BLUE, edgecolor=BLUE),
+                rests=dict(facecolor=PALE, edgecolor=BLUE, linestyle="--", linewidth=1.3),
+                random=dict(facecolor="white", edgecolor=GREY, hatch="//////"),
+                given=dict(facecolor="#BDBDBD", edgecolor=GREY))
+    drawn = (("LoRA", 8, "trained", None), ("ELoRA", 1024, "random", "trained"),
+             ("AFLoRA, at first", 4, "trained", "trained"),
+             ("AFLoRA, frozen", 4, "rests", "trained"))
+    figure, axes = plt.subplots(figsize=(8.4, 4.4))
+    axes.axis("off")
+    axes.set(xlim=(-0.1, 44.7), ylim=(-3, 11.9))
+
+    def part(x, y, height, below, above, way, word, note):
+        """A matrix or vector: as wide below as what comes in, above as what goes out."""
+        corners = ((-below, 0), (below, 0), (above, height), (-above, height))
+        axes.add_patch(Polygon([(x + w / 2, y + up) for w, up in corners], **ways[way]))
+        axes.text(x, y + 0.95, word, ha="center", va="center", fontsize=11, weight="bold",
+                  color="white" if way == "trained" else "black",
+                  bbox=dict(facecolor="white", pad=1.5, linewidth=0) if way == "random" else None)
+        axes.text(x + 2.05, y + height / 2, note, va="center", fontsize=8.5)
+
+    for i, (name, r, matrices, vectors) in enumerate(drawn):
+        x = 11.5 * i
+        path, thin = x + 4.6, {8: 0.9, 1024: 2.9, 4: 0.5}[r]  # widths are not to scale
+        for at, low, high in ((x + 1.15, 1, 2.2), (x + 1.15, 8.2, 9.6), (path, 1, 2.2),
+                              (path, 2.2, 9.6)):
+            axes.add_patch(FancyArrowPatch((at, low), (at, high), arrowstyle="-|>", color="black",
+                                           mutation_scale=10, shrinkA=0, shrinkB=0, zorder=0))
+        axes.add_patch(Rectangle((x, 2.2), 2.3, 6, **ways["given"]))
+        axes.text(x + 1.15, 5.2, "$W_0$\n\n3072\n× 768", ha="center", va="center")
+        part(path, 2.2, 2, 2.2, thin, matrices, "A", f"{r} × 768")
+        part(path, 5.3, 2, thin, 3.7, matrices, "B", f"3072 × {r}")
+        if vectors:
+            part(path, 4.5, 0.5, thin, thin, vectors, "", f"$s_d$: {r}")
+            part(path, 7.6, 0.6, 3.7, 3.7, vectors, "", "$s_b$: 3072")
+        for y, word in ((0.1, "x: 768"), (9.6, "y: 3072, the sum")):
+            axes.add_patch(Rectangle((x, y), 6.45, 0.9, facecolor="white", edgecolor="black"))
+            axes.text(x + 3.2, y + 0.4, word, ha="center", va="center")
+        values, extra = r * (768 + 3072), r + 3072 if vectors else 0
+        trained = extra + values * (matrices == "trained")
+        axes.text(x, 11.2, name, fontsize=11, weight="bold")
+        axes.text(x, -1.1, f"trains {trained:,}", fontsize=11, weight="bold", color=BLUE)
+        axes.text(x, -2.8, f"{values + extra:,}\nmultiplications a token", linespacing=1.4)
+    words = dict(trained="trains", rests="frozen, as learned by then",
+                 random="frozen at its random start", given="frozen, pre-trained")
+    figure.legend([Rectangle((0, 0), 1, 1, **ways[way]) for way in words], words.values(),
+                  loc="outside lower center", ncols=4, handlelength=1.8)
+
+
+PICTURES = (freeze_map, schedule, scores, accuracy, rules, layer)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    names = [draw.__name__ for draw in PICTURES]
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(names)}; default: all")
+    parser.add_argument("--format", default="svg", choices=("svg", "png"))
+    parser.add_argument("--preset", choices=("quick", "full"), help="default: full, if there")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(names):
+        parser.error(f"no picture {', '.join(unknown)}; there are: {', '.join(names)}")
+    choose_preset(args.preset)
+    plt.rcParams.update(STYLE)
+    for draw in PICTURES:
+        if not args.names or draw.__name__ in args.names:
+            path = ROOT / f"figures/{draw.__name__}.{args.format}"
+            try:
+                draw()
+                plt.savefig(path, dpi=150, metadata={"Date": None} if args.format == "svg" else {})
+                print(path.relative_to(ROOT))
+            except FileNotFoundError as missing:
+                print(f"{path.name} not drawn: {missing}; python benchmarks/results.py makes it")
+            plt.close("all")
+
+
+if __name__ == "__main__":
+    main()
