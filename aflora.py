@@ -527,8 +527,7 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
                 live = [p for p in model.parameters() if p.grad is not None]
                 if on_gradients: on_gradients(live)
                 scaler.unscale_(optimizer)
-                norm = get_total_norm([p.grad for p in live])
-                found_inf = ~norm.isfinite()
+                found_inf = ~(norm := get_total_norm([p.grad for p in live])).isfinite()
                 if freezer: freezer.update(found_inf)
                 nn.utils.clip_grads_with_norm_(live, clip, norm)
                 optimizer.found_inf = found_inf.float()  # AdamW skips; a scaler checks this itself
@@ -548,12 +547,13 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
                     at.step, spent = at.attempted - int(skipped), time.perf_counter() - began
                     at.seconds, began = at.seconds + spent, began + spent
                     mean = losses / (at.attempted - epoch * per_epoch)  # of this epoch so far
-                    line = dict(epoch=epoch + 1, step=at.step, loss=mean, lr=lr * factor,
-                                skipped=int(skipped), seconds=at.seconds)
+                    shown = dict(loss=mean, lr=lr * factor)
                     if freezer:
                         freezer.freeze(at.step, optimizer)
-                        line |= dict(zip(("scheduled", "frozen"), freezer.shares()))
-                    bar.set_postfix(line, refresh=False)
+                        shown |= dict(zip(("scheduled", "frozen"), freezer.shares()))
+                    bar.set_postfix(shown, refresh=False)
+                    line = shown | dict(epoch=epoch + 1, step=at.step, skipped=int(skipped),
+                                        seconds=at.seconds)
                     at.log.append(line)
                     if on_log: on_log(line)
                 optimizer.zero_grad(set_to_none=True)
