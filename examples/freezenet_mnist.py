@@ -180,25 +180,30 @@ def table(results):
 
 
 def plot(results, path):
-    """Test accuracy against the factor, a line an arm, error bars of one standard deviation."""
+    """Test error against the factor, a line an arm, error bars of one standard deviation."""
     try:
         import matplotlib
     except ImportError:
         return print("no plot: pip install matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    dense = [r["accuracy"] for r in results if r["arm"] == "dense"]
-    axes.axhline(statistics.mean(dense), color="gray", linestyle="--", label="dense")
-    for (arm, marker) in zip(list(ARMS)[1:], "osD^"):
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    dense = statistics.mean(100 - r["accuracy"] for r in results if r["arm"] == "dense")
+    axes.axhline(dense, color="gray", linestyle="--", label="dense")
+    colours = ("#56B4E9", "#0072B2", "#E69F00", "#666666")  # for colour-blind readers, too
+    for arm, marker, colour in zip(list(ARMS)[1:], "osD^", colours):
         factors = sorted({r["factor"] for r in results if r["arm"] == arm})
-        cells = [[r["accuracy"] for r in results if (r["arm"], r["factor"]) == (arm, f)]
+        cells = [[100 - r["accuracy"] for r in results if (r["arm"], r["factor"]) == (arm, f)]
                  for f in factors]
         axes.errorbar(factors, [statistics.mean(c) for c in cells], marker=marker, capsize=3,
-                      yerr=[statistics.stdev(c) if len(c) > 1 else 0 for c in cells], label=arm)
-    axes.set(xscale="log", xlabel="times fewer trained values than the dense 431,080",
-             ylabel="test accuracy (%), last epoch", title="LeNet-5-Caffe on MNIST")
-    axes.set_xticks(sorted(SEEDS), [f"{factor}" for factor in sorted(SEEDS)])
+                      yerr=[statistics.stdev(c) if len(c) > 1 else 0 for c in cells], label=arm,
+                      color=colour)
+    axes.set(xscale="log", yscale="log", title="LeNet-5-Caffe on MNIST",
+             xlabel="times fewer trained values than the dense network's 431,080",
+             ylabel="test error (%), last epoch; lower is better")
+    axes.set_xticks(sorted(SEEDS), [f"x{factor}" for factor in sorted(SEEDS)])
+    axes.set_yticks(ticks := (0.5, 1, 2, 5, 10, 20, 50, 100), [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.legend()
     axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
