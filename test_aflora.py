@@ -1772,6 +1772,25 @@ def test_a_process_that_dies_ends_the_run(folder):
         process.kill()
 
 
+def test_the_example_of_your_own_model(tmp_path, monkeypatch, capsys):
+    """A BERT by train() and a Llama in a loop of its own learn (the example itself asserts that its
+    files give the same logits, bit for bit), by the README's very code but for the Llama's names."""
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(Path(__file__).parent / "examples")
+    monkeypatch.chdir(tmp_path)
+    import your_own_model as example
+    for part in (example.bert_by_train, example.llama_by_a_loop):
+        before, after = part()
+        assert after < before / 2
+    assert capsys.readouterr().out.count("frozen after step") == 8
+    code = lambda text: [line.split("  #")[0].strip() for line in text.splitlines()]  # noqa: E731
+    readme = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+    there, *blocks = map(code, [Path(example.__file__).read_text(encoding="utf-8"), *re.findall(
+        r"```python\n(.*?)```", readme, re.DOTALL)[:2]])
+    missing = {line for block in blocks for line in block} - {*there}
+    assert all(line.startswith("from aflora import") for line in missing) and len(missing) == 1
+
+
 # ---------------------------------------------------------------------------------- the README
 
 def test_the_code_in_the_readme_runs(tmp_path, monkeypatch):
