@@ -1791,6 +1791,19 @@ def test_the_example_of_your_own_model(tmp_path, monkeypatch, capsys):
     assert all(line.startswith("from aflora import") for line in missing) and len(missing) == 1
 
 
+def test_the_exercises_can_be_done(capsys):
+    """Python blocks run and print the counts of their answers; edited lines stand in aflora.py."""
+    text = (Path(__file__).parent / "examples/exercises.md").read_text(encoding="utf-8")
+    lines = Path(aflora.__file__).read_text(encoding="utf-8").splitlines()
+    edits = re.findall(r"```diff\n-(.*)\n[+](.*)\n```", text)
+    assert len(edits) == 4 and all(lines.count(old) == 1 for old, new in edits)
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, {})
+    printed = capsys.readouterr().out
+    for number in ("0.799, realised 0.785", "realised 0.704", "written: 12.07", "folded: 0.12"):
+        assert number in printed
+
+
 # ---------------------------------------------------------------------------------- the README
 
 def test_the_code_in_the_readme_runs(tmp_path, monkeypatch):
