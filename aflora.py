@@ -587,7 +587,7 @@ def demo(steps=300, t_i=50, t_f=100, watched="2.lora_B"):
         x = torch.randn(64, 8)
         F.mse_loss(net(x), teacher(x).detach()).backward()
         freezer.update()
-        if step in freezer.looks and watched in freezer.live:
+        if (step == 1 or step in freezer.looks) and watched in freezer.live:
             I = sensitivity(freezer.live[watched], freezer.live[watched].grad).flatten()
             Ibar, Ubar = (freezer.split(flat)[watched] for flat in (freezer.Ibar, freezer.Ubar))
             means = (f"{v.mean():.2e}" for v in (I, Ibar, (I - Ibar).abs(), Ubar, Ibar * Ubar))

@@ -10,7 +10,8 @@ report. Weights and texts are fetched once, into ~/.cache/aflora, if need be fro
 index. A run leaves adapter.pt, log.jsonl (a line a logged step), result.json, freeze_map.txt."""
 
 import argparse, functools, hashlib, http.client, io, json, os, re, signal, subprocess, sys, tarfile
-import tempfile, types, unicodedata, urllib.error, urllib.parse, urllib.request, zipfile, zlib
+import tempfile, types, unicodedata, urllib.error, urllib.parse, urllib.request, warnings, zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
@@ -545,6 +546,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):  # where a terminal lacks the shades of the freeze map
         sys.stdout.reconfigure(errors="replace")
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # no path, no source line
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if args.resume:  # its flags become the defaults; another one given now is refused later
