@@ -175,11 +175,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--table", action="store_true", help="only print what is done")
     if not parser.parse_args().table:
-        run_all([(task, arm, SEARCH_SEED, lr) for task in TASKS
-                 for arm, (_, rates) in METHODS.items() for lr in rates])
-        run_all([(task, arm, seed) for seed in SEEDS for task in TASKS for arm in METHODS] +
-                [(task, arm, seed) for seed in QUESTION_SEEDS for task in TASKS
-                 for arm in (AFLORA, *QUESTIONS) if arm != AFLORA or seed not in SEEDS])
+        for seeds, methods in ((SEEDS, METHODS), (QUESTION_SEEDS, [AFLORA])):
+            for task in TASKS:
+                run_all([(task, arm, SEARCH_SEED, lr)
+                         for arm, (_, rates) in METHODS.items() for lr in rates])
+                run_all([(task, arm, seed) for arms in (methods, QUESTIONS)
+                         for seed in seeds for arm in arms])
     tables()
 
 
