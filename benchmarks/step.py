@@ -177,17 +177,6 @@ def milliseconds(call, *given):
     return 1000 * (time.perf_counter() - began)
 
 
-def interleave(arms, rounds):
-    """{name: ms of its step in each round}; the first round is left out."""
-    times = [{name: milliseconds(arm.step) for name, arm in arms.items()}
-             for _ in range(rounds + 1)][1:]
-    return {name: [one[name] for one in times] for name in arms}
-
-
-def ratio(times, name, to):
-    return statistics.median(a / b for a, b in zip(times[name], times[to]))
-
-
 def saved_bytes(arm):
     """(all, of adapters) that a step keeps for backward; autocast's copies of weights count."""
     address = lambda tensor: tensor.untyped_storage().data_ptr()  # noqa: E731
@@ -250,22 +239,30 @@ def freezer_share(arm, step_ms, looks=8):
     return dict(update_ms=update, look_ms=look, share_of_step=(update + look / 10) / step_ms)
 
 
-def measure(shape, size, length, precision, rounds):
-    """All arms in one condition, as a dict for the file."""
-    arms, found, batch, expected = {}, {}, make_batch(size, length), None
+def compare(ways, shape, batch, precision, rounds):
+    """({name: Arm}, {name: what was measured}) of ways to adapt, {name: adapt}, the floor first."""
+    arms, found, expected = {}, {}, None
     torch.mm(*torch.ones(2, 8, 8, device=DEVICE))  # cuBLAS takes its memory: not the first arm's
-    for name, adapt in ARMS.items():
+    for name, adapt in ways.items():
         allocated = torch.cuda.memory_allocated() if CUDA else 0
         arms[name] = Arm(adapt, shape, precision, batch)
         logits, found[name] = warm_up(arms[name], allocated)
         expected = logits if expected is None else expected
         if not torch.allclose(logits, expected, atol=1e-4 if precision == "fp32" else 0.05):
             raise SystemExit(f"{name}: its first logits differ from the floor's")
-    times = interleave(arms, rounds)
+    times = [{name: milliseconds(arm.step) for name, arm in arms.items()}
+             for _ in range(rounds + 1)][1:]  # by round, the first one left out
     for name, values in found.items():
-        low, median, high = statistics.quantiles(times[name] * (1 + (rounds == 1)), n=4)
-        values |= dict(ms=median, ms_low=low, ms_high=high, to_floor=ratio(times, name, "floor"),
-                       to_aflora_start=ratio(times, name, "aflora start"))
+        low, median, high = statistics.quantiles([one[name] for one in times] * 2, n=4)
+        values |= dict(ms=median, ms_low=low, ms_high=high) | {
+            f"to_{other}": statistics.median(one[name] / one[other] for one in times)
+            for other in ("floor", "aflora start") if other in ways}
+    return arms, found
+
+
+def measure(shape, size, length, precision, rounds):
+    """All ARMS in one condition, as a dict for the file."""
+    arms, found = compare(ARMS, shape, make_batch(size, length), precision, rounds)
     if CUDA:
         torch.cuda.set_sync_debug_mode("error")  # raises if the host waits inside a step
         arms["aflora start"].step()
@@ -305,7 +302,7 @@ def show(title, result):
         saved, adapters, state, peak = ((a[key] or 0) / 2**20 for key in (
             "saved_bytes", "saved_by_adapters", "optimizer_bytes", "peak_bytes"))
         print(f"{name:29}{a['ms']:8.1f} {a['ms_low']:7.1f} {a['ms_high']:7.1f} {a['to_floor']:6.2f}"
-              f" {a['to_aflora_start']:6.2f} {a['flops'] / 1e9:7.1f} {saved:6.1f} {adapters:7.2f} "
+              f" {a['to_aflora start']:6.2f} {a['flops'] / 1e9:7.1f} {saved:6.1f} {adapters:7.2f} "
               f"{state:6.2f} " + (f"{peak:6.0f}" if CUDA else "   -"))
     freezer = result["freezer"]
     print(f"freezer: update {freezer['update_ms']:.3f} ms a step, look {freezer['look_ms']:.3f} ms "
