@@ -104,8 +104,8 @@ def draw(found, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=30 if step.CUDA else 8, help="8, on CUDA 30")
-    if (rounds := parser.parse_args().rounds) < 1:
-        parser.error("--rounds: at least 1")
+    if (rounds := parser.parse_args().rounds) < 2:
+        parser.error("--rounds: at least 2, for quartiles")
     found = measure(rounds)
     tables = {f"{size} tokens": arms for size, arms in found["tokens"].items()} | {
         key: found[key] for key in ("rank", "blocks", "share")}
