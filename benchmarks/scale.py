@@ -93,7 +93,7 @@ def draw(found, path):
     for panel in (memory, freezer):
         panel.set_ylim(bottom=0)
     for panel in (tokens, rank, memory):
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=8, loc="center left" if panel is memory else "upper left")
     on = step.machine()
     where = on["device"] if step.CUDA else f"{on['processor'] or 'CPU'}, {on['threads']} threads"
     figure.suptitle(f"Cost of AFLoRA: MiniLM-L6-H384, {PRECISION}, {where}")
