@@ -404,7 +404,10 @@ def run_task(name, task, args, device, precision):
     if lowest < 1 or not 0 <= frozen <= 1:
         raise AFLoRAError("--batch-size, --epochs, --limit: at least 1; --t-i + --t-f: at most 1")
     print(f"\n{task.title}: {len(task.train)} rows to train on, {len(task.dev)} dev, {task.source}")
-    print(f"{args.method}, {preset}:", ", ".join(f"{key} {value}" for key, value in recipe.items()))
+    unused = {"aflora": (), "freezenet": (), "lora": ("t_i", "t_f"), "elora": ("t_i", "t_f")}.get(
+        args.method, ("t_i", "t_f", "rank"))
+    print(f"{args.method}, {preset}:", ", ".join(
+        f"{key} {value}" for key, value in recipe.items() if key not in unused))
     own = f"{name}-{args.method}-s{args.seed}" if args.task == "both" or not args.out else ""
     out = Path(args.resume or Path(args.out or "runs", own))
     out.mkdir(parents=True, exist_ok=True)
@@ -416,7 +419,7 @@ def run_task(name, task, args, device, precision):
     examples = Examples([task.train[i] for i in order[:limit]], tokenizer, longest)
     dev = Examples(task.dev, tokenizer, longest)
     evaluate = lambda model: metrics(predict(model, dev, precision), dev.labels)  # noqa: E731
-    plain = evaluate(model)["accuracy"]
+    plain = predict(model, dev, precision)
     if args.method in ("full", "head"):
         saved = ["head", "encoder"] if args.method == "full" else ["head"]
         layers = aflora.add_adapters(model, (), modules_to_save=saved)
@@ -426,9 +429,10 @@ def run_task(name, task, args, device, precision):
         trained = dict(ffn=FFN, attention=ATTENTION).get(trained, trained)
         layers = aflora.add_adapters(model, ATTENTION + FFN, recipe["rank"], method, trained,
                                      modules_to_save=["head"], seed=args.seed)
-    wrapped = evaluate(model)["accuracy"]
-    print(f"weights from {weights}\ndev accuracy before training: {plain:.2f} plain, {wrapped:.2f} "
-          f"with adapters ({'equal' if plain == wrapped else 'NOT EQUAL'})")
+    wrapped = predict(model, dev, precision)
+    before, after = (metrics(found, dev.labels)["accuracy"] for found in (plain, wrapped))
+    print(f"weights from {weights}\ndev accuracy before training: {before:.2f} plain, {after:.2f} "
+          f"with adapters ({'equal' if plain.equal(wrapped) else 'NOT EQUAL'})")
     total = epochs * -(-len(examples.labels) // size)
     freezer, t_i = None, round(recipe["t_i"] * total)
     t_f = min(round(recipe["t_f"] * total), total - t_i)
