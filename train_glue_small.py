@@ -342,7 +342,7 @@ def metrics(predicted, labels):
 # ----------------------------------------------------------------------------------- the run
 RECIPES = {  # full: the paper's epochs, t_i, t_f (shares of steps); quick: for CPUs; limit: rows
     ("quick", "sst2"): dict(limit=6000, epochs=3, batch_size=32, t_i=0.1, t_f=0.4, lr=4e-3),
-    ("quick", "mrpc"): dict(limit=None, epochs=3, batch_size=16, t_i=0.1, t_f=0.4, lr=1e-2),
+    ("quick", "mrpc"): dict(limit=None, epochs=2, batch_size=16, t_i=0.1, t_f=0.4, lr=2e-2),
     ("full", "sst2"): dict(limit=None, epochs=10, batch_size=64, t_i=0.1, t_f=0.7, lr=4e-3),
     ("full", "mrpc"): dict(limit=None, epochs=20, batch_size=64, t_i=0.05, t_f=0.7, lr=4e-3)}
 METHODS = dict(  # the paper, on a larger model: lr 4e-3, 1e-2 (MRPC), head_lr 4e-3, 8e-2, decay 0.1
