@@ -418,7 +418,11 @@ def run_task(name, task, args, device, precision):
     longest = min(128, model.encoder.position_embeddings.num_embeddings)
     examples = Examples([task.train[i] for i in order[:limit]], tokenizer, longest)
     dev = Examples(task.dev, tokenizer, longest)
-    evaluate = lambda model: metrics(predict(model, dev, precision), dev.labels)  # noqa: E731
+    apart = None  # predictions of the last epoch, adapters not merged
+    def evaluate(model):
+        nonlocal apart
+        apart = predict(model, dev, precision)
+        return metrics(apart, dev.labels)
     plain = predict(model, dev, precision)
     if args.method in ("full", "head"):
         saved = ["head", "encoder"] if args.method == "full" else ["head"]
@@ -511,7 +515,7 @@ def run_task(name, task, args, device, precision):
         picture = freeze_map(model, freezer.frozen_at, t_i, total - t_f)
         aflora.write_file(out / "freeze_map.txt", picture.encode())
         print(picture)
-    apart = predict(model, dev, precision)
+    apart = predict(model, dev, precision) if apart is None else apart  # resumed at the very end
     aflora.merge_adapters(model)
     merged = predict(model, dev, precision)
     print(f"merged into the weights: {show(metrics(merged, dev.labels))}; rounding changed "
