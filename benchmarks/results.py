@@ -145,30 +145,35 @@ def spread(values):
     return mean + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
+def table(title, head, lines):
+    """Prints a Markdown table, unless it has no line."""
+    if lines:
+        print(f"\n{title}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+        print(*(f"| {' | '.join(line)} |".replace("|grad|", r"\|grad\|").replace(
+            "|w|", r"\|w\|") for line in lines), sep="\n")
+
+
 def tables():
     """Markdown: the methods; then the questions, as paired differences from AFLoRA's runs."""
+    average = lambda cells: f"{statistics.mean(c['trainable_average'] for c in cells):,.0f}"  # noqa
+    accuracy = lambda cells: spread([c["accuracy"] for c in cells])  # noqa: E731
     for task in TASKS:
-        print(f"\n{task}\n\n| method | rate | trained on average | seeds | accuracy | F1 | best |"
-              "\n|---|---|---|---|---|---|---|")
-        for arm in METHODS:
-            if cells := load(task, arm, SEEDS):
-                f1 = spread([c["f1"] for c in cells]) if cells[0]["f1"] else ""
-                trained = statistics.mean(c["trainable_average"] for c in cells)
-                print(f"| {arm} | {cells[0]['lr']:g} | {trained:,.0f} | {len(cells)} | "
-                      f"{spread([c['accuracy'] for c in cells])} | {f1} | "
-                      f"{spread([c['best_accuracy'] for c in cells])} |")
-        print(f"\n{task}, against {AFLORA} of the same seeds\n\n| arm | trained on average | seeds "
-              "| accuracy | difference | its standard error |\n|---|---|---|---|---|---|")
-        base = {cell["seed"]: cell for cell in load(task, AFLORA, QUESTION_SEEDS)}
-        for arm in (AFLORA, *QUESTIONS):
-            cells = [c for c in load(task, arm, QUESTION_SEEDS) if c["seed"] in base]
-            if len(cells) > 1:
+        lines = [[arm, f"{cells[0]['lr']:g}", average(cells), str(len(cells)), accuracy(cells),
+                  spread([c["f1"] for c in cells]) if cells[0]["f1"] else "",
+                  spread([c["best_accuracy"] for c in cells])]
+                 for arm in METHODS if (cells := load(task, arm, SEEDS))]
+        table(task, ("method", "rate", "trained on average", "seeds", "accuracy", "F1", "best"),
+              lines)
+        base, lines = {c["seed"]: c for c in load(task, AFLORA, QUESTION_SEEDS)}, []
+        for arm in QUESTIONS:
+            if cells := [c for c in load(task, arm, QUESTION_SEEDS) if c["seed"] in base]:
                 apart = [c["accuracy"] - base[c["seed"]]["accuracy"] for c in cells]
-                error = statistics.stdev(apart) / len(apart) ** 0.5
-                trained = statistics.mean(c["trainable_average"] for c in cells)
-                print(f"| {arm.replace('|', chr(92) + '|')} | {trained:,.0f} | {len(cells)} | "
-                      f"{spread([c['accuracy'] for c in cells])} | {statistics.mean(apart):+.2f} | "
-                      f"{error:.2f} |")
+                error = statistics.stdev(apart) / len(apart) ** 0.5 if apart[1:] else None
+                lines.append([arm, average(cells), str(len(cells)), accuracy(cells),
+                              f"{statistics.mean(apart):+.2f}", f"{error:.2f}" if error else ""])
+        table(f"{task}, against {AFLORA} of the same seeds", (
+            "arm", "trained on average", "seeds", "accuracy", "difference", "its standard error"),
+            lines)
 
 
 def main():

@@ -51,6 +51,16 @@ def cells_of(task, arm, seeds):
     return cells
 
 
+def panels_for(arms, seeds, height=3.3, **how):
+    """(figure, [(axes, task)]): a panel for each task that has runs of all `arms`."""
+    there = [task for task in TASKS if all(results.load(task, arm, seeds) for arm in arms)]
+    if not there:
+        raise FileNotFoundError(f"no task has runs of {', '.join(arms)}")
+    figure, axes = plt.subplots(1, len(there), figsize=(8.4 if there[1:] else 5.6, height),
+                                squeeze=False, **how)
+    return figure, list(zip(axes[0], there))
+
+
 def title(cell, more=""):
     """The task, and how much of it."""
     rows = f"{cell['limit']:,} rows" if cell["limit"] else "all rows"
@@ -74,8 +84,8 @@ def steps_of(cell):
 # ----------------------------------------------------------------------------------- of the runs
 def freeze_map():
     """Matrices x layers, both tasks; the step of freezing is the number and the colour."""
-    figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.1))
-    for axes, task in zip(panels, TASKS):
+    figure, panels = panels_for([AFLORA], QUESTION_SEEDS, 3.1, sharey=True)
+    for axes, task in panels:
         runs = cells_of(task, AFLORA, QUESTION_SEEDS)
         where = [{place(name): at for name, at in run["frozen_at"].items()} for run in runs]
         depth = 1 + max(layer for layer, _ in where[0])
@@ -99,7 +109,6 @@ def freeze_map():
                       labels=[f"{m:.0f}\n({100 * m / total:.0f} %)" for m in marks])
         bar.set_label("frozen after step (share of the run)")
         bar.outline.set_visible(False)
-    panels[1].set_yticklabels([])
     figure.suptitle("The attention's A and B are not shown: they are frozen from the start",
                     fontsize=9)
 
@@ -160,8 +169,8 @@ def scores():
 
 def accuracy():
     """Accuracy against trained parameters; who trains only the head is a line across."""
-    panels = plt.subplots(1, 2, figsize=(8.4, 3.7))[1]
-    for axes, task in zip(panels, TASKS):
+    panels = panels_for(METHODS, SEEDS, 3.7)[1]
+    for axes, task in panels:
         runs = {arm: cells_of(task, arm, SEEDS) for arm in METHODS}
         at = {arm: (statistics.mean(run["trainable_average"] for run in cells),
                     statistics.mean(values := [run["accuracy"] for run in cells]),
@@ -194,13 +203,13 @@ def accuracy():
         for arm, x, side in (("lora r=8", at["lora r=8"][0], "center"), ("full", 8e7, "right")):
             axes.text(x, sum(at[arm][1:]) + gap * 0.2, LABELS[arm], ha=side, va="bottom",
                       bbox=WHITE, zorder=4)
-    panels[0].set_ylabel("dev accuracy (%), last epoch\nmean ± standard deviation")
+    panels[0][0].set_ylabel("dev accuracy (%), last epoch\nmean ± standard deviation")
 
 
 def rules():
     """Two rules at work on the scores of one run in which nothing froze; r(t) is AFLoRA's."""
-    panels = plt.subplots(1, 2, sharey=True)[1]
-    for axes, task in zip(panels, TASKS):
+    panels = panels_for(["never frozen", AFLORA], [0], sharey=True)[1]
+    for axes, task in panels:
         (run,), (plan,) = cells_of(task, "never frozen", [0]), cells_of(task, AFLORA, [0])
         record, (first, last, total) = run["record"], steps_of(plan)
         planned = [freezing_fraction(t, total, first, total - last) for t in range(total + 1)]
@@ -215,8 +224,8 @@ def rules():
                       (done, 100), (done * 1.1, 62), color=RED,
                       arrowprops=dict(arrowstyle="->", color=RED))
         axes.set(title=title(run, ", seed 0"), xlabel="optimizer step", xlim=(0, total))
-    panels[0].set_ylabel("share of A and B that is frozen (%)")
-    panels[1].legend(loc="lower right")
+    panels[0][0].set_ylabel("share of A and B that is frozen (%)")
+    panels[-1][0].legend(loc="lower right")
 
 
 # ---------------------------------------------------------------------------------------- the layer
