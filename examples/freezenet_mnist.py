@@ -47,7 +47,7 @@ ARMS = {"dense": (None, False, 1e-3),
         "FreezeNet |w grad|": ("gradient-weight", False, 1e-2),
         "SNIP": ("gradient-weight", True, 1e-2),
         "random, frozen": (None, False, 1e-2)}
-EPOCHS, QUICK_EPOCHS, BATCH, SCORED = 10, 6, 100, 10_000  # SCORED: images that decide
+EPOCHS, QUICK_EPOCHS, BATCH, SCORED = 10, 4, 100, 10_000  # SCORED: images that decide
 DATA = []  # of this process: images, labels, test images, test labels
 
 
