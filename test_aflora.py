@@ -1774,7 +1774,7 @@ def test_a_process_that_dies_ends_the_run(folder):
 
 def test_the_example_of_your_own_model(tmp_path, monkeypatch, capsys):
     """A BERT by train() and a Llama in a loop of its own learn (the example itself asserts that its
-    files give the same logits, bit for bit), by the README's very code but for the Llama's names."""
+    files give the same logits, bit for bit), by the README's code but for the Llama's names."""
     pytest.importorskip("transformers")
     monkeypatch.syspath_prepend(Path(__file__).parent / "examples")
     monkeypatch.chdir(tmp_path)
