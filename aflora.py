@@ -22,7 +22,7 @@ from functools import partial, reduce
 
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
 from torch.nn.utils import get_total_norm, parametrize
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
 FOLD_UP_TO_RANK = 64  # above, with B frozen, scaling activations is cheaper than folding: ELoRA
@@ -143,7 +143,7 @@ def add_adapters(model, targets, rank=4, method="aflora", train_matrices="all",
     for name in names:
         parent = type(modules.get(name.rpartition(".")[0], model))
         if issubclass(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            raise AFLoRAError(f"{name}: {parent.__name__} never calls it, leave it out of targets")
+            raise AFLoRAError(f"{name}: {parent.__name__} may not call it: leave it out of targets")
         if any(f"{name}.".startswith(f"{module}.") for module in saved):
             raise AFLoRAError(f"{name} is among targets and in modules_to_save: choose one")
     layers = {n: AFLoRALinear(modules[n], rank, method, alpha, seed, name=n) for n in names}
@@ -382,8 +382,7 @@ def save_adapter(model, path):
     """Writes what an adapted model, or a network that has .starts, has learned. A tensor of which
     at most half has left its random start is a seed, a checksum of the start, and positions and
     values of the rest. Raises AFLoRAError for a model without adapters."""
-    if not hasattr(model, "starts"):
-        raise AFLoRAError("this model has no adapters: add_adapters(model, ...) first")
+    if not hasattr(model, "starts"): raise AFLoRAError("no adapters: add_adapters() (or .starts)")
     content = dict(format=ADAPTER_FORMAT, config=model.adapter_config, shapes={}, at_start={},
                    positions={}, learned={})
     for name, value in saved_values(model).items():
@@ -401,16 +400,15 @@ def save_adapter(model, path):
 
 def load_adapter(model, path):
     """Loads save_adapter's file into the plain model, or one with the same adapters, unmerged
-    first: {name: AFLoRALinear}. Raises AFLoRAError with what differs, before any value changes;
-    a plain model may then have adapters at their start: make it anew."""
+    first: {name: AFLoRALinear}. Raises AFLoRAError with what differs (the base's own values are not
+    compared), before any value changes; a plain model may then have adapters: make it anew."""
     content = read_file(path, ADAPTER_FORMAT)
     with blame(path):
         config, new = content["config"], content["learned"]
         if any(isinstance(module, Kept) for module in model.modules()) or (
                 config["method"] == "freezenet" and not hasattr(model, "starts")):
             raise AFLoRAError("load it into a network with the start it had and nothing frozen yet")
-        if not hasattr(model, "starts"):
-            add_adapters(model, **config)
+        if not hasattr(model, "starts"): add_adapters(model, **config)
         values = saved_values(model)
         shapes = {name: list(value.shape) for name, value in values.items()}
         expect_equal(config | content["shapes"], model.adapter_config | shapes)
@@ -454,20 +452,21 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
           on_log=None, device=None, checkpoint=None, checkpoint_every=0, resume=False, stop=None,
           label=None):
     """Trains by AdamW what requires a gradient and freezes as `freezer` says. It knows no task.
+    A step: loss and backward of each micro-batch, on_gradients, unscale (fp16), freezer.update,
+    clip, optimizer.step, freezer.freeze (at a look), zero_grad.
     batches: callable, epoch -> sized iterable of batches: tensors in tuples, lists or dicts; always
     the same for an epoch, or a resumed run sees others. loss: callable, (model, batch) -> scalar
     mean. evaluate: callable, model -> {metric: float}. lr, head_lr: peak learning rates, head_lr of
     modules_to_save; linear warm-up over the share `warmup` of all steps, then linear decay to 0.
     weight_decay: of matrices. clip: maximal gradient norm. accumulate: micro-batches per step,
     equally weighted. precision: "fp32", "bf16", "fp16" (with a GradScaler). on_gradients(parameters
-    with a gradient): once per step, to average over processes. on_log(dict): each logged line,
-    every 10 steps, at the freezer's looks and at an epoch's end; only there and at checkpoints does
-    the host wait for the device.
-    checkpoint: a file, written after each epoch, each checkpoint_every steps and when stop(), asked
-    after each step, is true, which raises KeyboardInterrupt. resume: go on from there, on a CPU bit
-    for bit. label: dict, kept in it. A step whose gradient is not finite changes nothing and is not
-    counted; in bf16 and fp32, or if a loss is not finite, the next line raises AFLoRAError.
-    Returns dict(history=[dict per epoch], steps, skipped, seconds), seconds without evaluation."""
+    with a gradient): to average over processes. on_log(dict): each line, every 10 steps, at the
+    freezer's looks and at an epoch's end; only there and at checkpoints the host waits for the
+    device. checkpoint: a file, written after each epoch, each checkpoint_every steps and when
+    stop(), asked after each step, is true, which raises KeyboardInterrupt. resume: go on from
+    there, on a CPU bit for bit. label: dict, kept in it. A step whose gradient is not finite
+    changes nothing and is not counted; in bf16 and fp32, or if a loss is not finite, the next line
+    raises AFLoRAError. Returns dict(history=[dict per epoch], steps, skipped, training seconds)."""
     head_lr = lr if head_lr is None else head_lr
     if (precision not in COMPUTE_TYPES or min(epochs, accumulate, len(batches(0))) < 1
             or not all(0 < rate < math.inf for rate in (lr, head_lr, clip))
@@ -483,14 +482,13 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
     for p in (p for p in model.parameters() if p.requires_grad):
         rate, decay = head_lr if p in head else lr, weight_decay if p.dim() > 1 else 0.0
         groups.setdefault((rate, decay), []).append(p)
-    if not groups:
-        raise AFLoRAError("nothing in this model is trainable: add_adapters(model, ...) first")
+    if not groups: raise AFLoRAError("nothing in this model is trainable: add_adapters() first")
     optimizer = torch.optim.AdamW([dict(params=params, lr=rate, peak_lr=rate, weight_decay=decay)
                                    for (rate, decay), params in groups.items()], fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     autocast = torch.autocast(device.type, COMPUTE_TYPES[precision], enabled=precision != "fp32")
     # Where the run is. sums: losses of this epoch, skipped steps, steps since the first bad one
-    at = types.SimpleNamespace(attempted=0, step=0, seconds=0.0, history=[], log=[],
+    at = types.SimpleNamespace(attempted=0, step=0, seconds=0.0, examples=0, history=[], log=[],
                                sums=torch.zeros(3, device=device))
     parts = [part for part in (optimizer, scaler, freezer) if part]
     frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
@@ -508,7 +506,6 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
             torch.cuda.set_rng_state_all(content["random"][1:])
             vars(at).update(content["at"], sums=content["at"]["sums"].to(device))
             for line in at.log if on_log else (): on_log(line)
-    looks = freezer.looks if freezer else ()
     bar = tqdm(total=total, initial=at.attempted, unit="step", mininterval=1)
     with frozen_weights_in(model, COMPUTE_TYPES[precision]), bar:
         for epoch in range(at.attempted // per_epoch, epochs):
@@ -524,6 +521,8 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
                         batch_loss = loss(model, to_device(batch, device)) / len(micro_batches)
                     scaler.scale(batch_loss).backward()
                     at.sums[0] += batch_loss.detach()
+                    rows = [len(t) for t in tree_leaves(batch) if torch.is_tensor(t) and t.dim()]
+                    at.examples += rows[0] if rows else 0
                 live = [p for p in model.parameters() if p.grad is not None]
                 if on_gradients: on_gradients(live)
                 scaler.unscale_(optimizer)
@@ -538,22 +537,23 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
                 at.attempted, at.step = at.attempted + 1, at.step + 1
                 bar.update()
                 epoch_ends = at.attempted % per_epoch == 0
-                if epoch_ends or at.step % LOG_EVERY == 0 or at.step in looks:
+                if epoch_ends or at.step % LOG_EVERY == 0 or freezer and at.step in freezer.looks:
                     losses, skipped, bad = at.sums.tolist()  # waits for the device
-                    if bad:
-                        raise AFLoRAError(
-                            f"loss or gradient not finite from step {at.attempted - bad + 1:.0f} "
-                            f"on, learning rate {lr * factor:.1e}: lower lr")
+                    if bad: raise AFLoRAError(
+                        f"loss or gradient not finite from step {at.attempted - bad + 1:.0f} on, "
+                        f"learning rate {lr * factor:.1e}: lower lr")
                     at.step, spent = at.attempted - int(skipped), time.perf_counter() - began
                     at.seconds, began = at.seconds + spent, began + spent
                     mean = losses / (at.attempted - epoch * per_epoch)  # of this epoch so far
-                    shown = dict(loss=mean, lr=lr * factor)
+                    line = dict(epoch=epoch + 1, step=at.step, skipped=int(skipped), loss=mean,
+                                lr=lr * factor, seconds=at.seconds)
+                    text = f"{at.examples / at.seconds:.0f} examples/s, loss {mean:.3f}"
                     if freezer:
                         freezer.freeze(at.step, optimizer)
-                        shown |= dict(zip(("scheduled", "frozen"), freezer.shares()))
-                    bar.set_postfix(shown, refresh=False)
-                    line = shown | dict(epoch=epoch + 1, step=at.step, skipped=int(skipped),
-                                        seconds=at.seconds)
+                        line["scheduled"], line["frozen"] = freezer.shares()
+                        k, n = len(freezer.frozen_at), len(freezer.matrices)
+                        text += f", frozen {k}/{n} (scheduled {line['scheduled']:.2f})"
+                    bar.set_postfix_str(f"{text}, lr {lr * factor:.1e}", refresh=False)
                     at.log.append(line)
                     if on_log: on_log(line)
                 optimizer.zero_grad(set_to_none=True)

@@ -252,9 +252,9 @@ def test_wrong_arguments_are_named_and_change_nothing(options, words):
 
 def test_modules_that_are_never_called_are_refused():
     """nn.MultiheadAttention's out_proj is a Linear whose forward never runs; nor adapt twice."""
-    with pytest.raises(AFLoRAError, match="out_proj.*never calls"):
+    with pytest.raises(AFLoRAError, match="out_proj.*may not call"):
         add_adapters(nn.ModuleDict(dict(a=nn.MultiheadAttention(8, 2))), ["out_proj"])
-    with pytest.raises(AFLoRAError, match="never calls"):
+    with pytest.raises(AFLoRAError, match="may not call"):
         add_adapters(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 1), ["linear1"])
     model, _ = adapted()
     with pytest.raises(AFLoRAError, match="already"):
@@ -707,8 +707,8 @@ def test_what_one_shot_froze_never_moves():
 
 
 def test_freezenet_file_is_a_seed_positions_and_values(tmp_path):
-    """A fresh network regrows to the same bits from a file that is far smaller than the dense one;
-    wrong seeds, changed bits and networks that already hold masks are refused."""
+    """A fresh network regrows to the same bits from a file; wrong seeds, changed bits and networks
+    that already hold masks are refused. (How small it is: the LeNet test.)"""
     model, masks = seeded(0.05, seed=7)
     train(model, lambda epoch: [images()], loss_of, epochs=20, lr=1e-2)
     save_adapter(model, path := tmp_path / "net.pt")
@@ -842,14 +842,38 @@ class NoTransfer(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_step_never_waits_for_the_device(precision):
-    """Not one item(), float() or bool() of a tensor in a run; logged lines use tolist(), once."""
+def test_a_step_never_waits_for_the_device(precision, monkeypatch):
+    """Not one item(), float() or bool() of a tensor in a run, nor a copy to the host or a shape that
+    depends on values; tolist() once for a logged line and once for a look that freezes."""
     model, layers = adapted()
+    lists, lines, given = [], [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: [lists.append(t), given(t)][1])
+    for waiting in ("cpu", "numpy", "nonzero", "__array__"):
+        monkeypatch.setattr(torch.Tensor, waiting, None)
     with NoTransfer():
-        freezer, _ = run(model, layers, precision=precision)
+        freezer, _ = run(model, layers, precision=precision, on_log=lines.append)
     assert len(freezer.frozen_at) == 12
+    assert len(lists) == len(lines) + len(set(freezer.frozen_at.values()))
     with pytest.raises(AssertionError), NoTransfer():
         bool(torch.ones(1))
+
+
+def test_the_bar_says_what_is_frozen_and_how_fast(monkeypatch):
+    """Examples per second, mean loss, frozen k/n beside the scheduled share, learning rate."""
+    shown = []
+    monkeypatch.setattr(aflora.tqdm, "set_postfix_str", lambda bar, text, refresh: shown.append(text))
+    model, layers = adapted()
+    lines = []
+    run(model, layers, on_log=lines.append)
+    assert len(shown) == len(lines)
+    for text, line in zip(shown, lines):
+        found = re.fullmatch(r"(\d+) examples/s, loss ([\d.]+), frozen (\d+)/12 "
+                             r"\(scheduled ([\d.]+)\), lr ([\d.e+-]+)", text)
+        examples = 16 * line["step"]  # data() has batches of 16
+        assert abs(int(found[1]) - examples / line["seconds"]) <= 0.5
+        assert [int(found[3]) / 12, float(found[5])] == [line["frozen"], float(f"{line['lr']:.1e}")]
+        assert abs(float(found[2]) - line["loss"]) < 1e-3
+        assert abs(float(found[4]) - line["scheduled"]) < 1e-2
 
 
 def test_micro_batches_equal_one_big_batch():
@@ -1428,9 +1452,9 @@ def test_damaged_files_are_read_rightly_or_refused(monkeypatch):
     assert len(counts) == 4 and all(read > 0 and refused > 0 for read, refused in counts.values())
 
 
-def test_without_network(folder, monkeypatch):
+def test_without_network(folder, monkeypatch, capsys, tmp_path):
     """The error says which file goes where; a run that could do nothing fails; movie snippets,
-    every tenth of them dev, stand in for SST-2, and the title says so."""
+    every tenth of them dev, stand in for SST-2; the title, first and last line printed say so."""
     with pytest.raises(ConnectionError, match="MRPC/msr_paraphrase_train.txt"):
         glue.load_task("mrpc")
     assert glue.main(["--model", str(folder), "--data", ""]) == 2
@@ -1450,6 +1474,10 @@ def test_without_network(folder, monkeypatch):
     assert "movie snippets" in task.title
     assert len(task.train) == 23 and len({*task.train, *task.dev}) == 25
     assert task.dev == [("snippet 9", None, 0), ("snippet 19", None, 1)]
+    capsys.readouterr()
+    assert glue.main(["--data", "", "--model", str(folder), "--out", str(tmp_path)]) == 0
+    first, *_, before, last = capsys.readouterr().out.splitlines()
+    assert first == before == f"NOT SST-2: {task.title}" and last.startswith("mrpc is skipped")
 
 
 # ---------------------------------------------------------- the companion's batches and its numbers

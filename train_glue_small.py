@@ -212,7 +212,7 @@ UNREACHABLE = {}  # host, or address if the host answers: why; none is asked, an
 def download(address):
     """The bytes behind an internet address or "pip:package==version". Raises OSError."""
     if (package := address.removeprefix("pip:")) != address:
-        print(f"fetching {package} from the Python package index", flush=True)
+        print(f"fetching {package} from the Python package index", file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:  # vaderSentiment's wheel lacks the reviews
             pip = [sys.executable, *"-m pip download --no-deps --no-binary vaderSentiment".split()]
             done = subprocess.run([*pip, "-d", folder, package], capture_output=True, text=True)
@@ -345,7 +345,10 @@ RECIPES = {  # full: the paper's epochs, t_i, t_f (shares of steps); quick: for 
     ("quick", "mrpc"): dict(limit=None, epochs=2, batch_size=16, t_i=0.1, t_f=0.4, lr=2e-2),
     ("full", "sst2"): dict(limit=None, epochs=10, batch_size=64, t_i=0.1, t_f=0.7, lr=4e-3),
     ("full", "mrpc"): dict(limit=None, epochs=20, batch_size=64, t_i=0.05, t_f=0.7, lr=4e-3)}
-METHODS = dict(  # the paper, on a larger model: lr 4e-3, 1e-2 (MRPC), head_lr 4e-3, 8e-2, decay 0.1
+# A method's lr goes before a recipe's, a flag before both. Always: weight decay 0.01 of matrices,
+# clip 1, warm-up 6 %. The paper, on a larger model: decay 0.1, clip 0.1, head_lr 4e-3 and 8e-2,
+# lr 4e-3 and 1e-2 (MRPC).
+METHODS = dict(
     aflora=dict(rank=4, head_lr=2e-3), freezenet=dict(rank=4, head_lr=2e-3, keep=None),
     lora=dict(rank=8, lr=1e-3, head_lr=2e-3), elora=dict(rank=1024, lr=1e-2, head_lr=2e-3),
     full=dict(rank=0, lr=1e-4, head_lr=1e-4), head=dict(rank=0, lr=2e-3, head_lr=2e-3))

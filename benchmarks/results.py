@@ -5,7 +5,7 @@
 
 On a CPU the rows and epochs of the quick preset, under results/quick; on CUDA those of the full
 one, under results/full: never mixed. A cell is one run of the companion and one JSON file. First a
-learning rate is chosen for every method and task among three, by the last epoch's dev accuracy on
+learning rate is chosen for every method and task among four, by the last epoch's dev accuracy on
 fewer rows with a seed that is not reported. A run of a question differs in one thing from AFLoRA's
 run of the same seed. Texts and weights as for train_glue_small.py; on a CPU one thread a run.
 """
@@ -27,16 +27,17 @@ PRESET = "full" if torch.cuda.is_available() else "quick"
 FOLDER = ROOT / "results" / PRESET
 TASKS, AFLORA = ("sst2", "mrpc"), "aflora r=4"
 METHODS = {  # arm: flags of the companion, learning rates to choose from
-    "head only": ("--method head", (2e-3, 5e-3, 1e-2)),
-    "full": ("--method full", (5e-5, 1e-4, 2e-4)),
-    "lora r=8": ("--method lora", (1e-3, 2e-3, 4e-3)),
-    "elora r=4": ("--method elora --rank 4", (1e-2, 2e-2, 4e-2)),
-    "elora r=1024": ("--method elora", (4e-3, 1e-2, 2e-2)),
-    AFLORA: ("--method aflora", (4e-3, 1e-2, 2e-2))}
+    "head only": ("--method head", (1e-3, 2e-3, 5e-3, 1e-2)),
+    "full": ("--method full", (5e-5, 1e-4, 2e-4, 4e-4)),
+    "lora r=8": ("--method lora", (5e-4, 1e-3, 2e-3, 4e-3)),
+    "elora r=4": ("--method elora --rank 4", (1e-2, 2e-2, 4e-2, 8e-2)),
+    "elora r=1024": ("--method elora", (4e-3, 1e-2, 2e-2, 4e-2)),
+    AFLORA: ("--method aflora", (4e-3, 1e-2, 2e-2, 4e-2))}
 QUESTIONS = {  # arm: flags beside AFLoRA's; an arm's order of freezing is its first word
     "|grad|": "--sensitivity gradient", "|w|": "--sensitivity weight",
     "attention's A, B": "--train-matrices attention", "all A, B": "--train-matrices all",
-    "never frozen": "--t-i 1 --t-f 0", "random first": "", "highest first": ""}
+    "never frozen": "--t-i 1 --t-f 0", "random first": "", "highest first": "",
+    "one shot before": "--method freezenet"}
 SEEDS, QUESTION_SEEDS, SEARCH_SEED = range(3), range(5), 100
 SEARCH_ROWS = dict(sst2=2000, mrpc=1200)
 
@@ -44,15 +45,16 @@ SEARCH_ROWS = dict(sst2=2000, mrpc=1200)
 class Recorder(aflora.AdaptiveFreezer):
     """Freezes in the order of its arm, and keeps the scores at each look. While nothing freezes it
     also simulates two rules on those scores: the paper's, and the one of the authors' code."""
-    arm, recipe = AFLORA, None  # of the cell that runs
+    arm, recipe, last = AFLORA, None, None  # of the cell that runs; the last one made
 
     def __init__(self, *given, **more):
         super().__init__(*given, **more)
+        Recorder.last = self
         total = self.schedule["total_steps"]  # planned: the schedule that "never frozen" ignores
         self.planned = dict(total_steps=total, t_i=round(self.recipe["t_i"] * total),
                             t_f=round(self.recipe["t_f"] * total))
         self.record = dict(step=[], scores=[], scheduled=[], paper=[], authors=[])
-        self.random = torch.Generator().manual_seed(total)
+        self.random = torch.Generator().manual_seed(torch.initial_seed())  # the run's
         self.authors = {}  # frozen by the authors' rule, in order
 
     def scores(self):
@@ -96,14 +98,8 @@ def chosen_rate(task, arm):
 def run(task, arm, seed, lr=None):
     """Runs one cell in this process, writes its file and returns its line."""
     torch.set_num_threads(1 if PRESET == "quick" else os.cpu_count())
-    freezers = []
-
-    def make_freezer(*given, **more):
-        freezers.append(Recorder(*given, **more))
-        return freezers[0]
-
-    aflora.AdaptiveFreezer = make_freezer
-    Recorder.arm, Recorder.recipe = arm, companion.RECIPES[PRESET, task]
+    aflora.AdaptiveFreezer = Recorder
+    Recorder.arm, Recorder.recipe, Recorder.last = arm, companion.RECIPES[PRESET, task], None
     flags = METHODS[AFLORA][0] + " " + QUESTIONS[arm] if arm in QUESTIONS else METHODS[arm][0]
     rate = lr or chosen_rate(task, arm)
     flags += f" --task {task} --preset {PRESET} --seed {seed} --lr {rate}"
@@ -113,10 +109,12 @@ def run(task, arm, seed, lr=None):
         if companion.main([*flags.split(), "--out", folder]):
             raise RuntimeError(f"python train_glue_small.py {flags}: failed, see above")
         result = json.loads(Path(folder, "result.json").read_text())
+    if companion.STAND_IN in result["data"]:
+        raise RuntimeError(f"{result['data']}: SST-2 itself is needed, see --data of the companion")
     # Times and memory say nothing where two runs share the cores; paths are this machine's.
     for key in ("seconds", "ms_per_step", "peak_memory_bytes", "data", "weights"):
         del result[key]
-    record = freezers[0].record if freezers and not lr and seed == 0 else None
+    record = Recorder.last.record if Recorder.last and not lr and seed == 0 else None
     result |= dict(arm=arm, command=f"train_glue_small.py {flags}", record=record)
     FOLDER.mkdir(parents=True, exist_ok=True)
     aflora.write_file(path_of(task, arm, seed, lr), json.dumps(result).encode())

@@ -91,11 +91,11 @@ def draw(found, path):
     for panel in (rank, blocks, share):
         panel.axhline(1, color="black", linewidth=1, linestyle=":", marker="")
     for panel in (memory, freezer):
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.3 * panel.get_ylim()[1])
     for panel in (tokens, rank, memory):
-        panel.legend(fontsize=8, loc="center left" if panel is memory else "upper left")
-    on = step.machine()
-    where = on["device"] if step.CUDA else f"{on['processor'] or 'CPU'}, {on['threads']} threads"
+        panel.legend(fontsize=8, loc="upper right" if panel is memory else "upper left")
+    on = found["machine"]
+    where = on["device"] if on["device"] != "cpu" else f"{on['processor'] or 'CPU'}, {on['threads']} threads"
     figure.suptitle(f"Cost of AFLoRA: MiniLM-L6-H384, {PRECISION}, {where}")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120, facecolor="white")
@@ -106,7 +106,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=30 if step.CUDA else 8, help="8, on CUDA 30")
     if (rounds := parser.parse_args().rounds) < 2:
         parser.error("--rounds: at least 2, for quartiles")
-    found = measure(rounds)
+    found = dict(rounds=rounds, machine=step.machine()) | measure(rounds)
     tables = {f"{size} tokens": arms for size, arms in found["tokens"].items()} | {
         key: found[key] for key in ("rank", "blocks", "share")}
     for title, arms in tables.items():
@@ -115,7 +115,7 @@ def main():
             share = f"{100 * a['freezer']['share_of_step']:14.2f}" if "freezer" in a else ""
             saved, state = a["saved_by_adapters"] / 2**20, a["optimizer_bytes"] / 2**20
             print(f"{name:18}{a['ms']:9.1f}{a['to_floor']:8.2f}{saved:13.2f}{state:18.2f}{share}")
-    step.write_results("scale", {PRECISION: dict(rounds=rounds, machine=step.machine()) | found})
+    step.write_results("scale", {PRECISION: found})
     draw(found, step.ROOT / "figures" / "scale.png")
 
 
