@@ -1,6 +1,6 @@
 """FreezeNet on MNIST: one pass before training decides which few weights train; no other moves.
 
-    python examples/freezenet_mnist.py --quick       one seed, 157 x fewer trained values: 3 minutes
+    python examples/freezenet_mnist.py --quick       one seed, 157 x fewer trained values: 2 minutes
     python examples/freezenet_mnist.py               all runs, about an hour on 2 cores; resumable
     pip install matplotlib                           for the plot
 
