@@ -843,8 +843,8 @@ class NoTransfer(TorchDispatchMode):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_step_never_waits_for_the_device(precision, monkeypatch):
-    """Not one item(), float() or bool() of a tensor in a run, nor a copy to the host or a shape that
-    depends on values; tolist() once for a logged line and once for a look that freezes."""
+    """Not one item(), float() or bool() of a tensor in a run, nor a copy to the host or a shape
+    that depends on values; tolist() once for a logged line and once for a look that freezes."""
     model, layers = adapted()
     lists, lines, given = [], [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: [lists.append(t), given(t)][1])
@@ -861,7 +861,8 @@ def test_a_step_never_waits_for_the_device(precision, monkeypatch):
 def test_the_bar_says_what_is_frozen_and_how_fast(monkeypatch):
     """Examples per second, mean loss, frozen k/n beside the scheduled share, learning rate."""
     shown = []
-    monkeypatch.setattr(aflora.tqdm, "set_postfix_str", lambda bar, text, refresh: shown.append(text))
+    monkeypatch.setattr(aflora.tqdm, "set_postfix_str",
+                        lambda bar, text, refresh: shown.append(text))
     model, layers = adapted()
     lines = []
     run(model, layers, on_log=lines.append)

@@ -95,7 +95,8 @@ def draw(found, path):
     for panel in (tokens, rank, memory):
         panel.legend(fontsize=8, loc="upper right" if panel is memory else "upper left")
     on = found["machine"]
-    where = on["device"] if on["device"] != "cpu" else f"{on['processor'] or 'CPU'}, {on['threads']} threads"
+    cpu = f"{on['processor'] or 'CPU'}, {on['threads']} threads"
+    where = cpu if on["device"] == "cpu" else on["device"]
     figure.suptitle(f"Cost of AFLoRA: MiniLM-L6-H384, {PRECISION}, {where}")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120, facecolor="white")
