@@ -669,9 +669,8 @@ def test_one_shot_trains_as_a_masked_dense_network():
     model, masks = seeded(0.2, dtype=torch.float64)
     dense, _ = seeded(dtype=torch.float64)
     with torch.no_grad():  # away from the start, so that values and start differ
-        for name, p in model.named_parameters():
-            if "parametrizations" in name:
-                p += 0.3
+        for p in model.parameters():
+            p += 0.3 * p.requires_grad
         for name, p in dense.named_parameters():
             p += 0.3 * masks[name].double()
     batch = images(1, torch.float64)
@@ -682,7 +681,7 @@ def test_one_shot_trains_as_a_masked_dense_network():
     assert sum(grad.numel() for grad in kept.values()) == sum(int(m.sum()) for m in masks.values())
     for name, p in dense.named_parameters():
         module, key = name.rsplit(".", 1)
-        ours = kept.get(f"{module}.parametrizations.{key}.original", kept.get(name, torch.empty(0)))
+        ours = kept.get(f"{module}.parametrizations.{key}.original", kept.get(name, p.grad[:0]))
         torch.testing.assert_close(ours.flatten(), p.grad[masks[name]], rtol=0, atol=1e-14)
 
 
@@ -1727,7 +1726,7 @@ def test_lenet_of_the_mnist_example():
         for p in trained:
             p.data += 1 + torch.rand(p.shape, generator=generator)
         values = torch.cat([v.flatten() for v in aflora.saved_values(model).values()])
-        assert (values == 0).sum() == 431_080 - 2746 if arm == "SNIP" else (values == 0).sum() < 600
+        assert (values == 0).sum() == 431_080 - 2746 if arm == "SNIP" else not (values == 0).any()
         kept.add(tuple(len(p) for p in trained))
         with tempfile.TemporaryDirectory() as folder:
             save_adapter(model, Path(folder, "net.pt"))
