@@ -1735,20 +1735,36 @@ def test_lenet_of_the_mnist_example():
     assert len(kept) == 3  # SNIP keeps what FreezeNet keeps by |w * grad|
 
 
+WATCHED = """import contextlib, pathlib, runpy, sys, time
+script = sys.argv.pop(1)
+runpy.run_path(script, run_name="__main__")
+for _ in range(100):
+    with contextlib.suppress(OSError):  # a thread ended between its listing and its reading
+        threads = [p.read_text().strip() for p in pathlib.Path("/proc/self/task").glob("*/comm")]
+        if not any("gloo" in name for name in threads):
+            sys.exit()
+    time.sleep(0.05)
+sys.exit(f"threads that would abort the process as it ends: {threads}")
+"""
+
+
 def distributed(folder, processes, *flags):
     """Starts examples/distributed.py on the tiny BERT, which has no dropout here."""
     (folder / "config.json").write_text(json.dumps(CONFIG | dict(hidden_dropout_prob=0.0)))
+    (folder / "watched.py").write_text(WATCHED)
     script = Path(__file__).parent / "examples/distributed.py"
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone",
-         f"--nproc_per_node={processes}", str(script), "--task", "sst2", "--model", ".", "--data",
-         ".", "--amp", "off", "--out", f"out{processes}", *flags], cwd=folder, encoding="utf-8",
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS="1"))
+         f"--nproc_per_node={processes}", "watched.py", str(script), "--task", "sst2", "--model",
+         ".", "--data", ".", "--amp", "off", "--out", f"out{processes}", *flags], cwd=folder,
+        encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=dict(os.environ, OMP_NUM_THREADS="1"))
 
 
 def test_two_processes_train_as_one(folder):
     """The same global batches on one and on two gloo processes: the same freezing steps, weights
-    equal within float tolerance, both ranks bit-equal, less to send when everything is frozen."""
+    equal within float tolerance, both ranks bit-equal, less to send when everything is frozen, and
+    no thread of the process group left when a process ends."""
     # 21 rows: of the last batch's one the second process has none.
     flags = ["--epochs", "8", "--batch-size", "5", "--limit", "21"]
     results, adapters = [], []

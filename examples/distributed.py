@@ -17,6 +17,9 @@ if RANK:
     os.environ["TQDM_DISABLE"] = "1"
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+# Its functions have the group as a default argument. Imported after the group is there (a first
+# optimizer step does that), they keep it, and its threads abort a process that ends beside them.
+import torch.distributed.nn  # noqa: E402, F401
 import torch.nn.functional as F  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
