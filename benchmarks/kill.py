@@ -8,6 +8,7 @@ differs. The tiny BERT and texts are those of the tests.
 """
 
 import argparse
+import os
 import random
 import shutil
 import subprocess
@@ -31,7 +32,8 @@ def run(folder, out, kill_after=None):
         command += ["--task", "mrpc", "--model", str(folder), "--data", str(folder), "--out",
                     str(out), "--epochs", "40", "--batch-size", "4", "--checkpoint-every", "3"]
     (out / "log.jsonl").unlink(missing_ok=True)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               env=dict(os.environ, OMP_NUM_THREADS="1"))  # the model is tiny
     while not (out / "log.jsonl").exists() and process.poll() is None:
         time.sleep(0.01)
     began = time.perf_counter()
