@@ -17,8 +17,8 @@ if RANK:
     os.environ["TQDM_DISABLE"] = "1"
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-# Its functions have the group as a default argument. Imported after the group is there (a first
-# optimizer step does that), they keep it, and its threads abort a process that ends beside them.
+# Its functions have the process group as a default argument. Imported once there is one (the first
+# optimizer step would do that), they keep it alive, and its threads can abort an ending process.
 import torch.distributed.nn  # noqa: E402, F401
 import torch.nn.functional as F  # noqa: E402
 
