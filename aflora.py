@@ -52,17 +52,16 @@ class AFLoRALinear(nn.Module):
         super().__init__()
         if method not in ("aflora", "lora", "elora") or rank not in range(1, 2**14):
             raise AFLoRAError(f"method {method!r}, rank {rank!r}: aflora, lora, elora; 1 to 16383")
-        self.base, self.rank, self.shape = base, rank, (base.out_features, base.in_features)
-        self.merged, self.kept_weight = False, None  # the base's own weight, while merged
-        seed = f"{seed}/{self.shape if method == 'elora' else name}"  # elora: one pair a shape
-        (n_out, n_in), lora = self.shape, method == "lora"
+        self.base, self.rank, self.merged, self.kept_weight = base, rank, False, None
+        self.shape = n_out, n_in = base.out_features, base.in_features
+        seed, lora = f"{seed}/{self.shape if method == 'elora' else name}", method == "lora"
         shapes = dict(lora_A=(rank, n_in), lora_B=(n_out, rank), s_d=(rank,), s_b=(n_out,))
         fixed = dict(lora_B=0.0, s_d=alpha / rank, s_b=1.0) if lora else dict(s_d=0.1, s_b=0.0)
         self.starts = {  # what grows the float32 values at the start anew, on the CPU
             key: partial(torch.full, shape, fixed[key]) if key in fixed else
             partial(kaiming_uniform, f"{seed}/{key}", shape, math.sqrt(5) if lora else 0.0)
             for key, shape in shapes.items()}
-        like = next(base.parameters(), torch.empty(0))
+        like = next(itertools.chain(base.parameters(), base.buffers()), torch.empty(0))
         for key, start in self.starts.items():
             value = start().to(like.device, torch.promote_types(like.dtype, torch.float32))
             trains = method == "aflora" or lora == key.startswith("lora")
@@ -100,14 +99,14 @@ class AFLoRALinear(nn.Module):
             raise AFLoRAError(f"{type(self.base).__name__}: no plain (out, in) weight to add to")
         if not self.merged:
             loaded = getattr(W0, "loaded", W0.data)  # not train()'s half-precision copy
-            self.merged, self.kept_weight = True, W0.data
-            W0.data = (loaded + self.delta_weight()).to(loaded.dtype)
+            self.merged, self.kept_weight = True, [W0]  # itself, as it may be tied; unregistered
+            self.base.weight = nn.Parameter((loaded + self.delta_weight()).to(loaded), False)
 
     def unmerge(self):
         """Puts the kept weight back bit for bit (subtracting would leave rounding). Idempotent."""
         if self.merged:
-            self.base.weight.data = self.kept_weight.to(self.base.weight.device)
-            self.merged, self.kept_weight = False, None
+            self.kept_weight[0].data = self.kept_weight[0].data.to(self.base.weight.device)
+            self.base.weight, self.merged, self.kept_weight = self.kept_weight[0], False, None
 
 # ---------------------------------------------------------------------------- adapters into a model
 def find(targets, names, kind):
@@ -127,8 +126,8 @@ def add_adapters(model, targets, rank=4, method="aflora", train_matrices="all",
     """Wraps the linear modules that `targets` selects, freezes all else: {name: AFLoRALinear}.
     targets: dotted suffixes, or one regular expression on full module names; () adapts nothing.
     train_matrices: whose A and B train ("aflora" only): "all", "none", or targets among the adapted
-    (the paper's GLUE runs: the FFN's). modules_to_save: suffixes of modules that train whole and
-    are saved with the adapter: the head. Raises AFLoRAError, before any change, if one is wrong."""
+    (the paper's GLUE runs: the FFN's). modules_to_save: suffixes of modules that train whole, in
+    float32, and are saved: the head. Raises AFLoRAError, before any change, if one is wrong."""
     modules = {name: module for name, module in model.named_modules() if name}
     linears = [name for name, module in modules.items() if hasattr(module, "in_features")]
     if hasattr(model, "adapter_config"):
@@ -154,7 +153,8 @@ def add_adapters(model, targets, rank=4, method="aflora", train_matrices="all",
             layer.lora_A, layer.lora_B = pairs.setdefault(layer.shape, (layer.lora_A, layer.lora_B))
         if name not in trained: layer.lora_A.requires_grad = layer.lora_B.requires_grad = False
         model.set_submodule(name, layer)
-    for name in saved: modules[name].requires_grad_(True)
+    for p in (p for name in saved for p in modules[name].parameters()):
+        p.requires_grad, p.data = True, p.data.to(torch.promote_types(p.dtype, torch.float32))
     given = dict(targets=targets, train_matrices=train_matrices, modules_to_save=modules_to_save)
     model.adapter_config = dict(rank=rank, method=method, alpha=alpha, seed=seed) | {
         key: value if isinstance(value, str) else list(value) for key, value in given.items()}
@@ -162,7 +162,8 @@ def add_adapters(model, targets, rank=4, method="aflora", train_matrices="all",
     # {name of all that a file covers: how to regrow its start, None if no seed can}
     model.starts = {f"{name}.{key}": start for name, layer in layers.items()
                     for key, start in layer.starts.items()}
-    model.starts |= {n: None for n in model.state_dict() for m in saved if n.startswith(f"{m}.")}
+    model.starts |= {n: None for n in model.state_dict()  # BatchNorm's statistics move, too
+                     if n.startswith(tuple(f"{m}." for m in saved)) or "running_" in n}
     return layers
 
 def adapters_of(model):
@@ -433,6 +434,7 @@ def frozen_weights_in(model, dtype):
     Meanwhile the loaded ones hang on their parameters as .loaded; afterwards they come back."""
     frozen = {p for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters()
               if not p.requires_grad and p.dtype == torch.float32}
+    frozen -= {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     for p in frozen: p.loaded, p.data = p.data, p.data.to(dtype)
     try:
         yield
@@ -459,29 +461,28 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
     mean. evaluate: callable, model -> {metric: float}. lr, head_lr: peak learning rates, head_lr of
     modules_to_save; linear warm-up over the share `warmup` of all steps, then linear decay to 0.
     weight_decay: of matrices. clip: maximal gradient norm. accumulate: micro-batches per step,
-    equally weighted. precision: "fp32", "bf16", "fp16" (with a GradScaler). on_gradients(parameters
-    with a gradient): to average over processes. on_log(dict): each line, every 10 steps, at the
-    freezer's looks and at an epoch's end; only there and at checkpoints the host waits for the
-    device. checkpoint: a file, written after each epoch, each checkpoint_every steps and when
-    stop(), asked after each step, is true, which raises KeyboardInterrupt. resume: go on from
-    there, on a CPU bit for bit. label: dict, kept in it. A step whose gradient is not finite
+    equally weighted. device: default, the model's. precision: "fp32", "bf16", "fp16".
+    on_gradients(parameters with a gradient): to average over processes. on_log(dict): each line,
+    every 10 steps, at the freezer's looks and at an epoch's end; only there and at checkpoints the
+    host waits for the device. checkpoint: a file, written after each epoch, each checkpoint_every
+    steps and when stop(), asked after each step, is true, which raises KeyboardInterrupt. resume:
+    go on from there, on a CPU bit for bit. label: kept in it. A step whose gradient is not finite
     changes nothing and is not counted; in bf16 and fp32, or if a loss is not finite, the next line
-    raises AFLoRAError. Returns dict(history=[dict per epoch], steps, skipped, training seconds)."""
+    raises AFLoRAError. Returns dict(history=[dict per epoch], steps, skipped, seconds)."""
     head_lr = lr if head_lr is None else head_lr
     if (precision not in COMPUTE_TYPES or min(epochs, accumulate, len(batches(0))) < 1
             or not all(0 < rate < math.inf for rate in (lr, head_lr, clip))
             or not 0 <= weight_decay < math.inf or not 0 <= warmup < 1 or checkpoint_every < 0):
         raise AFLoRAError("use precision fp32, bf16 or fp16; epochs, accumulate, batches >= 1; lr, "
                           "head_lr, clip > 0; weight_decay, checkpoint_every >= 0; 0 <= warmup < 1")
-    model.to(device := torch.device(device or next(model.parameters()).device))
+    model.to(device := torch.device(next(model.parameters()).device if device is None else device))
     total = epochs * (per_epoch := math.ceil(len(batches(0)) / accumulate))
     if freezer and (planned := freezer.schedule["total_steps"]) != total:
         raise AFLoRAError(f"{epochs} x {per_epoch} = {total} steps, the freezer: {planned}")
     saved, groups = getattr(model, "saved_modules", ()), {}
     head = {p for name in saved for p in model.get_submodule(name).parameters()}
     for p in (p for p in model.parameters() if p.requires_grad):
-        rate, decay = head_lr if p in head else lr, weight_decay if p.dim() > 1 else 0.0
-        groups.setdefault((rate, decay), []).append(p)
+        groups.setdefault((head_lr if p in head else lr, weight_decay * (p.ndim > 1)), []).append(p)
     if not groups: raise AFLoRAError("nothing in this model is trainable: add_adapters() first")
     optimizer = torch.optim.AdamW([dict(params=params, lr=rate, peak_lr=rate, weight_decay=decay)
                                    for (rate, decay), params in groups.items()], fused=True)
@@ -503,13 +504,13 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
             for name, value in values.items(): value.copy_(content["values"][name])
             for part, state in zip(parts, content["parts"]): part.load_state_dict(state)
             torch.set_rng_state(content["random"][0])
-            torch.cuda.set_rng_state_all(content["random"][1:])
+            torch.cuda.set_rng_state_all(content["random"][1:][:torch.cuda.device_count()])
             vars(at).update(content["at"], sums=content["at"]["sums"].to(device))
             for line in at.log if on_log else (): on_log(line)
     bar = tqdm(total=total, initial=at.attempted, unit="step", mininterval=1)
     with frozen_weights_in(model, COMPUTE_TYPES[precision]), bar:
         for epoch in range(at.attempted // per_epoch, epochs):
-            model.train()
+            model.train().zero_grad()  # of gradients from before, too
             began = time.perf_counter()
             waiting = itertools.islice(batches(epoch), at.attempted % per_epoch * accumulate, None)
             while micro_batches := list(itertools.islice(waiting, accumulate)):
@@ -536,7 +537,7 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
                 at.sums[2] += ~at.sums[0].isfinite() | (at.sums[1] * (precision != "fp16") > 0)
                 at.attempted, at.step = at.attempted + 1, at.step + 1
                 bar.update()
-                epoch_ends = at.attempted % per_epoch == 0
+                epoch_ends = (done := at.attempted - epoch * per_epoch) == per_epoch
                 if epoch_ends or at.step % LOG_EVERY == 0 or freezer and at.step in freezer.looks:
                     losses, skipped, bad = at.sums.tolist()  # waits for the device
                     if bad: raise AFLoRAError(
@@ -544,10 +545,9 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
                         f"learning rate {lr * factor:.1e}: lower lr")
                     at.step, spent = at.attempted - int(skipped), time.perf_counter() - began
                     at.seconds, began = at.seconds + spent, began + spent
-                    mean = losses / (at.attempted - epoch * per_epoch)  # of this epoch so far
-                    line = dict(epoch=epoch + 1, step=at.step, skipped=int(skipped), loss=mean,
-                                lr=lr * factor, seconds=at.seconds)
-                    text = f"{at.examples / at.seconds:.0f} examples/s, loss {mean:.3f}"
+                    line = dict(epoch=epoch + 1, step=at.step, skipped=int(skipped), lr=lr * factor,
+                                loss=losses / done, seconds=at.seconds)
+                    text = f"{at.examples / at.seconds:.0f} examples/s, loss {line['loss']:.3f}"
                     if freezer:
                         freezer.freeze(at.step, optimizer)
                         line["scheduled"], line["frozen"] = freezer.shares()
@@ -559,7 +559,7 @@ def train(model, batches, loss, *, epochs, lr, head_lr=None, freezer=None, preci
                 optimizer.zero_grad(set_to_none=True)
                 if epoch_ends:
                     at.sums[0] = 0
-                    at.history.append(dict(epoch=epoch + 1, step=at.step, loss=mean))
+                    at.history.append(dict(epoch=epoch + 1, step=at.step, loss=line["loss"]))
                     if evaluate:
                         model.eval()
                         with torch.no_grad(), autocast: at.history[-1] |= evaluate(model)

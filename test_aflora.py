@@ -24,6 +24,7 @@ import zipfile
 from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # set it to 0 to run the script's tests there
 
 import numpy as np
 import pytest
@@ -326,6 +327,58 @@ def test_a_base_that_others_watch_or_share_is_left_alone():
     assert not add_adapters(Net().eval(), ["up"])["blocks.0.up"].training
 
 
+def test_adapters_start_where_a_base_of_buffers_is():
+    """A quantised layer may hold its weight in a buffer: the adapter is on that device, float32."""
+    base = nn.Identity()
+    base.in_features = base.out_features = 8
+    base.register_buffer("qweight", torch.zeros(8, 1, dtype=torch.int32, device="meta"))
+    layer = AFLoRALinear(base)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.float32)}
+
+
+class Tied(nn.Module):
+    """A small language model: the output's weight is the embedding's, both blocks share theirs."""
+
+    def __init__(self, norm=nn.Identity):
+        super().__init__()
+        self.embed, self.norm, self.lm_head = nn.Embedding(9, 8), norm(8), nn.Linear(8, 9)
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.lm_head.weight, self.two.weight = self.embed.weight, self.one.weight
+
+    def forward(self, ids):
+        return self.lm_head(self.norm(torch.tanh(self.two(torch.tanh(self.one(self.embed(ids)))))))
+
+
+def test_merging_leaves_tied_weights_alone():
+    """Merged = apart also where a target shares its weight with an embedding or another target;
+    unmerged they are tied again. Training a merged model is refused and costs the base nothing."""
+    torch.manual_seed(0)
+    model, ids = Tied().eval(), torch.arange(9)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    add_adapters(model, ["lm_head", "one", "two"])
+    perturb(model)
+    apart = model(ids)
+    merge_adapters(model)
+    torch.testing.assert_close(model(ids), apart)
+    for precision in ("fp32", "bf16"):
+        merge_adapters(model)
+        with pytest.raises(AFLoRAError, match="training while merged"):
+            train(model, lambda epoch: [ids], lambda model, ids: model(ids).sum(), epochs=1,
+                  lr=1e-2, precision=precision)
+        model.eval()
+    unmerge_adapters(model)
+    assert torch.equal(model(ids), apart)
+    assert model.lm_head.base.weight is model.embed.weight
+    assert model.one.base.weight is model.two.base.weight
+    there = model.state_dict()
+    for name, value in before.items():
+        assert torch.equal(there[name if name in there else re.sub(r"[.](?=\w+$)", ".base.", name)],
+                           value)
+    with aflora.frozen_weights_in(model, torch.float16):  # as autocast: it casts no embedding
+        assert model.embed.weight.dtype == torch.float32
+        assert model.one.base.weight.dtype == torch.float16
+
+
 # ------------------------------------------------------------ score (2)-(5) and schedule (6)
 
 def test_sensitivity_is_what_it_says():
@@ -536,6 +589,20 @@ def test_adapter_file_round_trip(tmp_path, options):
         load_adapter(fresh, tmp_path / "a.pt")
         assert torch.equal(fresh(data()[0][0]), model(data()[0][0]))
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_statistics_of_a_frozen_base_are_saved(tmp_path):
+    """BatchNorm's running mean and variance move in training though its weights rest."""
+    torch.manual_seed(0)
+    model, ids = Tied(nn.BatchNorm1d), torch.arange(9)
+    plain = copy.deepcopy(model)
+    add_adapters(model, ["one"])
+    train(model, lambda epoch: [ids] * 9, lambda model, ids: F.cross_entropy(model(ids), ids),
+          epochs=2, lr=1e-2)
+    assert not torch.equal(model.norm.running_var, plain.norm.running_var)
+    save_adapter(model, tmp_path / "adapter.pt")
+    load_adapter(plain, tmp_path / "adapter.pt")
+    assert torch.equal(plain.eval()(ids), model.eval()(ids))
 
 
 def test_random_matrices_are_stored_as_a_seed(tmp_path):
@@ -923,6 +990,44 @@ def test_every_precision_learns(precision):
                if line["step"] in freezer.looks)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_head_of_a_half_precision_model_trains_in_float32(precision):
+    """Steps below half precision's resolution add up, and the scaler can unscale: the head of a
+    half-precision model moves as the float32 model's does."""
+    moved = []
+    for dtype in (torch.float32, aflora.COMPUTE_TYPES[precision]):
+        torch.manual_seed(0)
+        model = Net().to(dtype)
+        model.head.weight.data.fill_(1)
+        add_adapters(model, ["up"], modules_to_save=["head"])
+        train(model, lambda epoch: [(x.to(dtype), y) for x, y in data()], loss_of, epochs=2,
+              lr=1e-4, precision=precision)
+        assert model.blocks[0]["norm"].weight.dtype == dtype
+        moved.append(model.head.weight.detach() - 1)
+    torch.testing.assert_close(*moved, rtol=0, atol=5e-5)
+    assert moved[1].dtype == torch.float32 and 0 < moved[1].abs().min() < 1e-3 < 2**-8
+
+
+def test_gradients_from_before_do_not_count():
+    """What a backward() before train() left, also in frozen weights, changes nothing."""
+    reports = []
+    for before in (False, True):
+        torch.manual_seed(0)
+        model = Net()
+        if before:
+            (100 * loss_of(model, data()[0])).backward()
+        layers = add_adapters(model, ["up"], modules_to_save=["head"])
+        reports.append(run(model, layers, epochs=2)[1]["history"])
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="device 0 is there")
+def test_the_device_given_by_number_is_taken():
+    """device=0 is the first accelerator, not "none given": without one an error, no CPU run."""
+    with pytest.raises(RuntimeError, match="accelerator|CUDA"):
+        train(adapted()[0], lambda epoch: data(), loss_of, epochs=1, lr=1e-2, device=0)
+
+
 def test_an_overflowed_fp16_step_changes_nothing_and_is_not_counted():
     """While the scaler halves its scale, scores and weights wait; only completed steps count."""
     model, layers = adapted()
@@ -1044,6 +1149,21 @@ def test_a_run_that_died_between_micro_batches_resumes(tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
         resumable(**options, loss=dies_at(20), resume=True)
     assert_same_run(resumable(**options, resume=True), whole)
+
+
+def test_a_checkpoint_from_more_gpus_resumes(tmp_path, monkeypatch):
+    """The random states of devices that are not there now are left out."""
+    class Set(Exception):
+        pass
+
+    def set_all(states):
+        raise Set(len(states))
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [torch.zeros(16)] * 3)
+    resumable(tmp_path / "c.pt")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", set_all)
+    with pytest.raises(AFLoRAError, match=r"Set\(2\)"):
+        resumable(tmp_path / "c.pt", resume=True)
 
 
 def test_checkpoints_of_another_run_are_refused(tmp_path):

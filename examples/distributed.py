@@ -131,7 +131,7 @@ def main():
                             WORLD_SIZE="1").items():
         os.environ.setdefault(name, value)  # started without torchrun: one process
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1)):  # one for each
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     store = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=30)))[0]

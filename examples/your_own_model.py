@@ -3,9 +3,9 @@
     pip install transformers && python examples/your_own_model.py      20 seconds on a CPU
 
 Both are small and random, so nothing is downloaded; both learn a toy task. For a real model let
-plain() return BertForSequenceClassification.from_pretrained(...), and put into the batches what
-your tokenizer gives: input_ids, attention_mask, labels. The rest stays. Writes two small files
-where it is started, adapter.pt and llama.pt."""
+plain() return BertForSequenceClassification.from_pretrained(...), and let batches(epoch) return a
+list of dict(tokenizer(texts, padding=True, return_tensors="pt"), labels=...): plain dicts, whose
+tensors train() moves. The rest stays. Writes adapter.pt and llama.pt where it is started."""
 
 import os, sys
 from pathlib import Path
