@@ -1,6 +1,7 @@
 """Tests: every claim against something independent (a dense reference, autograd, a number worked
 out by hand, Hugging Face's own code). No network and no GPU; transformers is used where it is."""
 
+import argparse
 import copy
 import hashlib
 import io
@@ -1021,7 +1022,7 @@ def test_gradients_from_before_do_not_count():
     assert reports[0] == reports[1]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="device 0 is there")
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="device 0 is there")
 def test_the_device_given_by_number_is_taken():
     """device=0 is the first accelerator, not "none given": without one an error, no CPU run."""
     with pytest.raises(RuntimeError, match="accelerator|CUDA"):
@@ -1274,6 +1275,7 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.setattr(glue, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(glue, "UNREACHABLE", {}, raising=False)
     monkeypatch.setattr(glue, "download", download)
+    monkeypatch.setenv("no_proxy", "*")  # the tests' own servers are here
 
 
 @pytest.fixture
@@ -1460,6 +1462,36 @@ def test_bad_model_files(folder, monkeypatch, capsys, file, content):
     assert not Path("touched").exists() and not any((folder / "out").iterdir())
 
 
+@pytest.mark.parametrize("setting", [dict(tokenize_chinese_chars=False), dict(strip_accents=False),
+                                     dict(do_lower_case=False, strip_accents=True)])
+def test_another_tokenizer_is_refused(folder, capsys, setting):
+    """Settings under which this tokenizer's ids would be wrong are named; usual ones are taken."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(setting))
+    assert run_main(folder, "") == 2
+    message = capsys.readouterr().err
+    assert "tokenizer_config.json" in message and list(setting)[-1] in message
+    for usual in (dict(strip_accents=None), dict(do_lower_case=False, strip_accents=False)):
+        path.write_text(json.dumps(usual))
+        arguments = argparse.Namespace(model=str(folder), seed=0)
+        tokenizer = glue.prepare(arguments, torch.device("cpu"))[1]
+        assert tokenizer.lower_case == ("do_lower_case" not in usual)
+
+
+def test_a_bert_without_a_second_segment(folder):
+    """With one row of segment embeddings both texts of a pair get it."""
+    tensors = checkpoint()
+    name = next(name for name in tensors if "token_type" in name)
+    tensors[name] = tensors[name][:1]
+    (folder / "model.safetensors").write_bytes(safetensors(tensors))
+    (folder / "config.json").write_text(json.dumps(CONFIG | dict(type_vocab_size=1)))
+    model, tokenizer = load_tiny(folder)
+    (ids, segments), encode = tokenizer.encode("a good film", "bad"), torch.tensor
+    logits = [model.eval()(encode([ids]), encode([s]), torch.ones(1, len(ids), dtype=torch.bool))
+              for s in (segments, [0] * len(ids))]
+    assert 1 in segments and torch.equal(*logits)
+
+
 def test_load_task(folder):
     """The rows, labels and splits of SST-2 and MRPC, quotes kept and the BOM dropped."""
     sst2, mrpc = (glue.load_task(name, folder) for name in ("sst2", "mrpc"))
@@ -1514,6 +1546,7 @@ def serve(monkeypatch, reply, members):
     monkeypatch.setitem(glue.FILES, "x/file", (CONTENT, address + members))
 
 
+DOWNLOAD = glue.download  # the real one
 CONTENT, CONTEND = (hashlib.sha256(word).hexdigest() for word in (b"content", b"contend"))
 
 
@@ -1539,14 +1572,24 @@ def test_fetch(monkeypatch, body, members):
 @pytest.mark.parametrize("reply, members, message", [
     (ok(b"contend"), "", f"{CONTEND}.*{CONTENT}"), (ok(b"<html>"), " > zip/b", "archive"),
     (ok(packed("zip/b", b"content")), " > zip/c", "archive"), (ok(b"con", 7), "", "3 of 7"),
-    (b"HTTP/1.1 404 No\r\n\r\n", "", "404"), (b"", "", "x/file"), (b"SSH-2.0\r\n", "", "x/file"),
-    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n7\r\ncon", "", "x/file")])
+    (b"HTTP/1.1 404 No\r\n\r\n", "", "Error 404"), (b"", "", "without response"),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n7\r\ncon", "", "Incomplete"),
+    (b"SSH-2.0\r\n", "", "SSH-2.0")])
 def test_bad_fetch(monkeypatch, reply, members, message):
     """A wrong hash, a web page, half a file, broken HTTP: an error, and nothing is kept of it."""
     serve(monkeypatch, reply, members)
     with pytest.raises((AFLoRAError, ConnectionError), match=message):
         glue.fetch("x/file")
     assert not [p for p in glue.CACHE.rglob("*") if p.is_file()]
+
+
+def test_after_a_bad_address_the_index_is_asked(monkeypatch):
+    """A hub's address without https:// fails under its own name, and the next source is tried."""
+    monkeypatch.setitem(glue.FILES, "x/file", (CONTENT, "hub.example/file", "pip:x==1"))
+    monkeypatch.setattr(glue, "download", lambda address, real=DOWNLOAD: (
+        b"content" if address == "pip:x==1" else real(address)))
+    assert glue.fetch("x/file").read_bytes() == b"content"
+    assert "unknown url type" in str(glue.UNREACHABLE["hub.example/file"])
 
 
 def test_a_server_that_hangs(monkeypatch):

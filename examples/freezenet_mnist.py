@@ -250,11 +250,16 @@ def main():
     context = torch.multiprocessing.get_context("spawn")
     with (ProcessPoolExecutor(jobs, context, start_process, (args.data,)) as pool,
           path.open("a") as file):
-        for future in as_completed([pool.submit(run, *cell, epochs) for cell in waiting]):
-            results.append(future.result())
-            print(json.dumps(results[-1]), file=file, flush=True)
-            print("{arm}, x{factor}, seed {seed}: {accuracy:.2f} %, {seconds:.0f} s".format(
-                **results[-1]), flush=True)
+        try:
+            for future in as_completed([pool.submit(run, *cell, epochs) for cell in waiting]):
+                results.append(future.result())
+                print(json.dumps(results[-1]), file=file, flush=True)
+                print("{arm}, x{factor}, seed {seed}: {accuracy:.2f} %, {seconds:.0f} s".format(
+                    **results[-1]), flush=True)
+        except BaseException:  # Ctrl-C, or a run failed: the others would go on, for nothing
+            for process in torch.multiprocessing.active_children():
+                process.kill()
+            raise
     results.sort(key=lambda r: (r["factor"], list(ARMS).index(r["arm"]), r["seed"]))
     print(table(results))
     if not args.quick:
