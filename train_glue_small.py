@@ -350,7 +350,7 @@ RECIPES = {
     ("quick", "sst2"): dict(limit=6000, epochs=3, batch_size=32, t_i=0.1, t_f=0.4,
                             lr=4e-3, head_lr=2e-3),
     ("quick", "mrpc"): dict(limit=None, epochs=2, batch_size=16, t_i=0.1, t_f=0.4,
-                            lr=2e-2, head_lr=2e-3),
+                            lr=1.4e-2, head_lr=2e-3),
     ("full", "sst2"): dict(limit=None, epochs=10, batch_size=64, t_i=0.1, t_f=0.7,
                            lr=4e-3, head_lr=2e-3),
     ("full", "mrpc"): dict(limit=None, epochs=8, batch_size=32, t_i=0.125, t_f=0.7,
