@@ -1,0 +1,62 @@
+"""From a Hugging Face folder to tensors: config.json, .safetensors or .bin, names as our BERT has.
+
+No file that is read here can run code.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from aflora import AFLoRAError, blame, expect_equal
+
+RENAMED = {  # names in Hugging Face's checkpoints -> names here; the first two are of old ones
+    ".gamma": ".weight", ".beta": ".bias", "bert.": "", "encoder.layer.": "layers.",
+    "embeddings.LayerNorm": "embedding_norm", "embeddings.word": "word",
+    "embeddings.position": "position", "embeddings.token": "token", "attention.self.": "",
+    ".dense": "", "attention.output.LayerNorm": "attention_norm",
+    "attention.output": "attention_output", "output.LayerNorm": "output_norm"}
+SUPPORTED = dict(model_type="bert", hidden_act="gelu", position_embedding_type="absolute")
+KINDS = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
+
+
+def read_config(folder):
+    """config.json as a dict. AFLoRAError if it is of a model that our BERT cannot be."""
+    path = Path(folder, "config.json")
+    with blame(path):
+        config = SUPPORTED | json.loads(path.read_bytes())
+        expect_equal(config, config | SUPPORTED)
+    return config
+
+
+def load_state(model, folder):
+    """Puts the weights of a folder into our BERT. What it does not have, a pooler say, is left."""
+    paths = [Path(folder, "model.safetensors"), Path(folder, "pytorch_model.bin")]
+    path = max(paths, key=Path.exists)  # the first of those that exist
+    with blame(path):
+        state = {}
+        for name, tensor in read_weights(path).items():
+            for old, new in RENAMED.items():
+                name = name.replace(old, new)
+            state[name] = tensor
+        model.load_state_dict({name: state[name] for name in model.state_dict()})
+
+
+def read_weights(path):
+    """{name: tensor} of a .bin or .safetensors file."""
+    if path.suffix == ".bin":
+        return torch.load(path, map_location="cpu", weights_only=True)
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")  # length of the header, header, values
+    header = json.loads(data[8:start])
+    values = data[start:]
+    header.pop("__metadata__", None)
+    begins, ends = zip(*sorted(entry["data_offsets"] for entry in header.values()))
+    if (*begins, len(values)) != (0, *ends):
+        raise AFLoRAError("its tensors are said not to lie end to end, from 0 to its last byte")
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        tensor = torch.frombuffer(values[begin:end], dtype=KINDS[entry["dtype"]])
+        tensors[name] = tensor.reshape(entry["shape"])
+    return tensors
