@@ -1,0 +1,52 @@
+"""How the tests call the companion, and what they read of what it leaves."""
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+
+import train_glue_small as glue
+
+MATRICES = [f"encoder.layers.{i}.{module}.lora_{matrix}" for i in range(2)
+            for module in glue.ATTENTION + glue.FFN for matrix in "AB"]
+
+
+def run_main(folder, flags="", task="sst2"):
+    """What main() returns for these flags, one string, and a task of the tiny folder.
+
+    The run's folder is "out" if the flags name none.
+    """
+    return glue.main(["--task", task, "--model", str(folder), "--data", str(folder),
+                      "--out", str(folder / "out"), *flags.split()])
+
+
+def run_script(folder, *flags):
+    """The finished process of the script with these flags; no network, an empty cache."""
+    environment = os.environ | {
+        "AFLORA_CACHE": f"{folder}/none", "HF_ENDPOINT": "http://127.0.0.1:9",
+        "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "AFLORA_DATA": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, glue.__file__, *map(str, flags)], cwd=folder, env=environment,
+        capture_output=True, encoding="utf-8", errors="replace", timeout=120)
+
+
+def result_of(out):
+    """result.json of a run's folder."""
+    return json.loads((out / "result.json").read_text())
+
+
+def log_of(out):
+    """The lines of a run's log.jsonl."""
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def adapter_of(out):
+    """What is in a run's adapter.pt."""
+    return torch.load(out / "adapter.pt", weights_only=True)
+
+
+def contents(out):
+    """{name: (bytes, time of the last change)} of all that is in a folder, nothing if it is not."""
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.glob("*")}

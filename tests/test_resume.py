@@ -1,0 +1,375 @@
+"""Runs that are stopped, killed or run out of disk, and go on as if nothing had happened."""
+
+import os
+import re
+import shutil
+import signal
+import sys
+
+import pytest
+
+import aflora
+import kill
+import tiny
+import train_glue_small as glue
+from companion import contents, log_of, result_of, run_main
+
+RUN = "--epochs 4 --batch-size 4 --checkpoint-every 4"  # 24 steps, six an epoch
+
+
+def at_step(monkeypatch, number, act):
+    """Calls act() within that step of the next run."""
+    calls = []
+    real = glue.loss
+
+    def loss(model, batch):
+        calls.append(batch)
+        if len(calls) == number:
+            act()
+        return real(model, batch)
+
+    monkeypatch.setattr(glue, "loss", loss)
+
+
+def interrupt():
+    """What Ctrl-C does."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def watch_checkpoints(monkeypatch):
+    """A list that gets the step of each checkpoint from now on."""
+    steps = []
+    real = aflora.save_checkpoint
+
+    def save_checkpoint(training, path):
+        steps.append(training.steps)
+        real(training, path)
+
+    monkeypatch.setattr(aflora, "save_checkpoint", save_checkpoint)
+    return steps
+
+
+def stop_run(folder, step, flags=RUN):
+    """Starts a run that is interrupted in a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, step, interrupt)
+        with pytest.raises(SystemExit):
+            run_main(folder, flags)
+
+
+def in_child(act):
+    """The status of a process of its own that calls act() and exits with what this returns."""
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            code = act()
+        finally:
+            os._exit(code)  # at once, past pytest's own end
+    return os.waitpid(process, 0)[1]
+
+
+def kill_at(step, start, *arguments):
+    """start(*arguments) in a process of its own, which gets SIGKILL in that step of the run."""
+    def run():
+        at_step(pytest.MonkeyPatch(), step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        return start(*arguments)
+
+    status = in_child(run)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def resume(folder, *flags):
+    """Goes on with the run in the folder "out"; the exit code."""
+    return glue.main(["--resume", str(folder / "out"), *flags])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A tiny folder with a run that nobody stopped in "whole"."""
+    folder = tiny.make_folder(tmp_path_factory.mktemp("made"))
+    assert run_main(folder, f"{RUN} --out {folder / 'whole'}") == 0
+    return folder
+
+
+@pytest.fixture
+def whole(made):
+    """The same; what a test leaves in "out" is removed."""
+    yield made
+    shutil.rmtree(made / "out", ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------ Ctrl-C, SIGTERM
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_saves_what_was_learned(whole, capsys, number, code):
+    """Interrupted within a step, a run finishes it, exits 130 (143), says what it saved, and that
+    loads; resumed, it ends as the run that nobody stopped."""
+    with pytest.MonkeyPatch.context() as patch:
+        saved = watch_checkpoints(patch)
+        at_step(patch, 9, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(SystemExit) as stop:
+            run_main(whole, RUN)
+    assert saved == [4, 6, 8, 9]
+    said = capsys.readouterr().out
+    out = whole / "out"
+    assert stop.value.code == code
+    assert str(out / "adapter.pt") in said and f"--resume {out}" in said
+    assert sorted(contents(out)) == ["adapter.pt", "checkpoint.pt", "log.jsonl", "run.json"]
+    model, _ = tiny.load_tiny(whole)
+    layers = aflora.load_adapter(model, out / "adapter.pt")
+    assert any(layer.s_b.ne(0).any() for layer in layers.values())
+    assert resume(whole) == 0
+    assert kill.differences(out, whole / "whole") == []
+    assert resume(whole) == 2  # it is done
+    assert "run.json" in capsys.readouterr().err
+
+
+def test_the_signals_are_given_back(folder):
+    """After a run, stopped or not, signals do what they did before."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    stop_run(folder, 3)
+    assert resume(folder) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_interrupted_in_the_evaluation(whole, monkeypatch):
+    """A signal while dev is scored stops the run behind that epoch."""
+    calls = []
+    real = glue.predict
+
+    def predict(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:  # before wrapping, after it, after the first epoch
+            interrupt()
+        return real(*arguments)
+
+    monkeypatch.setattr(glue, "predict", predict)
+    with pytest.raises(SystemExit):
+        run_main(whole, RUN)
+    assert log_of(whole / "out")[-1]["step"] == 6
+    assert resume(whole) == 0
+    assert kill.differences(whole / "out", whole / "whole") == []
+
+
+def test_interrupted_twice(whole, monkeypatch):
+    """The second signal ends the run at once, within the step: exit code 130. It goes on from the
+    last checkpoint."""
+    def twice():
+        interrupt()
+        interrupt()
+
+    at_step(monkeypatch, 7, twice)
+    assert run_main(whole, RUN) == 130
+    assert not (whole / "out/adapter.pt").exists()
+    assert resume(whole) == 0
+    assert kill.differences(whole / "out", whole / "whole") == []
+
+
+# ---------------------------------------------------------------------------------------- SIGKILL
+@pytest.mark.parametrize("steps", [(12,), (8, 3), (5, 5, 5), (24,)])
+def test_runs_killed_in_a_step_go_on(whole, steps):
+    """Killed, also when they had been resumed, runs end as the one that was not:
+    from the last checkpoint on, each logged line once."""
+    kill_at(steps[0], run_main, whole, RUN)
+    for step in steps[1:]:
+        kill_at(step, resume, whole)
+    assert resume(whole) == 0
+    assert kill.differences(whole / "out", whole / "whole") == []
+
+
+@pytest.mark.parametrize("method", ["lora", "elora", "full", "head"])
+def test_other_methods_resume(folder, method):
+    """What each of them trains is in its checkpoint."""
+    flags = f"--method {method} --epochs 2 --batch-size 4 --checkpoint-every 4"
+    assert run_main(folder, f"{flags} --out {folder / 'whole'}") == 0
+    (folder / "whole/freeze_map.txt").touch()  # none has a map
+    kill_at(10, run_main, folder, flags)
+    assert resume(folder) == 0
+    (folder / "out/freeze_map.txt").touch()
+    assert kill.differences(folder / "out", folder / "whole") == []
+
+
+def test_killed_before_the_first_checkpoint(whole):
+    """Then the same command starts the run anew."""
+    kill_at(3, run_main, whole, RUN)
+    assert sorted(contents(whole / "out")) == ["log.jsonl", "run.json"]
+    assert resume(whole) == 2
+    assert run_main(whole, RUN) == 0
+    assert kill.differences(whole / "out", whole / "whole") == []
+
+
+def test_stopped_behind_the_last_step(whole, monkeypatch):
+    """Nothing is left but the report: it is made, with the seconds that training took."""
+    def save_adapter(model, path):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aflora, "save_adapter", save_adapter)
+        assert run_main(whole, RUN) == 130
+    assert resume(whole) == 0
+    assert kill.differences(whole / "out", whole / "whole") == []
+    seconds = log_of(whole / "out")[-1]["seconds"]
+    assert result_of(whole / "out")["seconds"] == pytest.approx(seconds, rel=0.5)
+
+
+def test_half_a_line_in_the_log(whole):
+    """A line that was cut as the run died is made again."""
+    kill_at(12, run_main, whole, RUN)
+    with open(whole / "out/log.jsonl", "a") as log:
+        log.write('{"epoch": 2, "st')
+    assert resume(whole) == 0
+    assert kill.differences(whole / "out", whole / "whole") == []
+
+
+def test_seconds_go_on(folder):
+    """The clock of a resumed run starts where its last logged line stood; log times only grow."""
+    kill_at(15, run_main, folder, RUN)
+    lines = log_of(folder / "out")
+    before = [line["seconds"] for line in lines if line["step"] <= 12]
+    assert resume(folder) == 0
+    seconds = [line["seconds"] for line in log_of(folder / "out")]
+    assert seconds[:len(before)] == before
+    assert seconds == sorted(seconds)
+    assert result_of(folder / "out")["seconds"] >= before[-1]
+
+
+@pytest.mark.parametrize("every, steps", [
+    (0, [6, 12]), (100, [6, 12]), (4, [4, 6, 8, 12]), (1, [*range(1, 13)])])
+def test_checkpoint_every(folder, monkeypatch, every, steps):
+    """A checkpoint each so many steps, and one after each epoch; 0: those alone."""
+    saved = watch_checkpoints(monkeypatch)
+    flags = f"--epochs 2 --batch-size 4 --checkpoint-every {every}"
+    assert run_main(folder, flags) == 0
+    assert saved == steps
+
+
+def test_killed_runs_resume():
+    """The short form of kill.py: SIGKILL at a random moment of a whole process loses nothing."""
+    assert kill.main(1, epochs=10) == 1
+
+
+def test_a_full_disk_is_named_and_spares_the_checkpoint(folder):
+    """With a limit on the size of files a resumed run fails at its next checkpoint: the last line
+    names the file, exit code 2, nothing half-written; the last good checkpoint is still there."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    stop_run(folder, 2, "--epochs 9")
+    good = (folder / "out/checkpoint.pt").read_bytes()
+    assert len(good) > 20000
+
+    def run():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+        with open(folder / "errors", "w") as sys.stderr:
+            return resume(folder)
+
+    assert os.waitstatus_to_exitcode(in_child(run)) == 2
+    errors = (folder / "errors").read_text()
+    assert "Traceback" not in errors
+    place = re.escape(str(folder / "out/checkpoint.pt"))
+    assert re.match(f"error: {place}: .*File too large", errors.splitlines()[-1])
+    assert (folder / "out/checkpoint.pt").read_bytes() == good
+    assert list(folder.rglob("*.part")) == []
+
+
+# ---------------------------------------------------------------------------- what is refused
+def test_a_stopped_run_is_not_overwritten(folder, capsys):
+    """A new start in its folder is refused, with a word on how to go on, and touches nothing."""
+    stop_run(folder, 5)
+    before = contents(folder / "out")
+    capsys.readouterr()
+    assert run_main(folder, RUN) == 2
+    message = capsys.readouterr().err
+    assert str(folder / "out/checkpoint.pt") in message and "--resume" in message
+    assert contents(folder / "out") == before
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A tiny folder with a stopped run in "out", for tests that leave it alone."""
+    folder = tiny.make_folder(tmp_path_factory.mktemp("stopped"))
+    stop_run(folder, 5)
+    return folder
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--seed 1", "seed is 0 there, 1 here"),
+    ("--task mrpc", "task is sst2 there, mrpc here"),
+    ("--method lora", "method is aflora there, lora here"),
+    ("--epochs 5", "epochs is 4 there, 5 here"),
+    ("--lr 0.01", "lr is None there, 0.01 here"),
+    ("--checkpoint-every 5", "checkpoint_every is 4 there, 5 here"),
+    ("--sensitivity weight", "sensitivity is gradient-weight there, weight here"),
+    ("--out elsewhere", "out is .* there, elsewhere here"),
+    ("--data elsewhere", "data is .* there, elsewhere here"),
+])
+def test_another_flag_on_resume_is_named(stopped, capsys, monkeypatch, flags, message):
+    """Flags are those of the stopped run; one that differs is refused by name: nothing is touched,
+    nothing made elsewhere."""
+    monkeypatch.chdir(stopped)
+    before = contents(stopped / "out")
+    capsys.readouterr()
+    assert resume(stopped, *flags.split()) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error)
+    assert contents(stopped / "out") == before
+    assert not (stopped / "elsewhere").exists()
+
+
+def test_the_same_flags_on_resume_are_taken(whole):
+    """Given once more, they change nothing."""
+    stop_run(whole, 5)
+    assert resume(whole, *RUN.split(), "--task", "sst2", "--out", str(whole / "out")) == 0
+    assert kill.differences(whole / "out", whole / "whole") == []
+
+
+def test_a_folder_moved_elsewhere_resumes(whole):
+    """A stopped run's folder goes by its new name."""
+    stop_run(whole, 5)
+    (whole / "out").rename(whole / "moved")
+    assert glue.main(["--resume", str(whole / "moved")]) == 0
+    (whole / "moved").rename(whole / "out")
+    assert kill.differences(whole / "out", whole / "whole") == []
+
+
+@pytest.mark.parametrize("file", ["SST-2/train.tsv", "SST-2/dev.tsv"])
+@pytest.mark.parametrize("old, new", [("good\t1", "good\t0"), ("film", "movie")])
+def test_changed_texts_on_resume_are_noticed(folder, capsys, file, old, new):
+    """Another label or word in train or dev: the run would not be the one that was stopped."""
+    stop_run(folder, 5)
+    before = contents(folder / "out")
+    path = folder / file
+    path.write_text(path.read_text().replace(old, new, 1))
+    capsys.readouterr()
+    assert resume(folder) == 2
+    error = capsys.readouterr().err
+    assert "texts is" in error and error.count("\n") == 1
+    assert contents(folder / "out") == before
+
+
+def test_changed_weights_on_resume_are_noticed(folder, capsys):
+    """So are other weights of the model."""
+    stop_run(folder, 5)
+    tensors = tiny.checkpoint()
+    tensors["encoder.layer.0.output.dense.weight"][3, 4] += 1
+    (folder / "model.safetensors").write_bytes(tiny.safetensors(tensors))
+    capsys.readouterr()
+    assert resume(folder) == 2
+    assert "weights is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, content", [
+    ("run.json", None), ("run.json", "{"), ("run.json", "[]"), ("run.json", "{}"),
+    ("checkpoint.pt", None), ("checkpoint.pt", "PK")])
+def test_a_folder_that_is_no_stopped_run(folder, capsys, name, content):
+    """Missing and damaged files are named; nothing is touched."""
+    stop_run(folder, 5)
+    path = folder / "out" / name
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    before = contents(folder / "out")
+    capsys.readouterr()
+    assert resume(folder) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and name in error
+    assert contents(folder / "out") == before
