@@ -1,21 +1,38 @@
 """AFLoRA on models of transformers: a BERT through train(), a Llama in a loop of its own.
 
-    pip install transformers && python examples/your_own_model.py      20 seconds on a CPU
+    pip install transformers
+    python examples/your_own_model.py      half a minute on a CPU
 
 Both are small and random, so nothing is downloaded; both learn a toy task. For a real model let
-plain() return BertForSequenceClassification.from_pretrained(...), and let batches(epoch) return a
-list of dict(tokenizer(texts, padding=True, return_tensors="pt"), labels=...): plain dicts, whose
-tensors train() moves. The rest stays. Writes adapter.pt and llama.pt where it is started."""
+plain_bert() return BertForSequenceClassification.from_pretrained(...), and bert_batches(epoch)
+a list of dict(tokenizer(texts, padding=True, return_tensors="pt"), labels=...): plain dicts. The
+rest stays. Both are trained on the CPU; for a GPU put the model there before you call train(),
+which moves the tensors of the batches behind it.
 
-import os, sys
+Writes adapter.pt, llama.pt and a folder llama where it is started.
+"""
+
+import os
+import sys
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # not needed beside aflora.py
-from aflora import (AdaptiveFreezer, add_adapters, load_adapter, merge_adapters,  # noqa: E402
-                    save_adapter, train)
+from aflora import (  # noqa: E402
+    AdaptiveFreezer,
+    add_adapters,
+    load_adapter,
+    merge_adapters,
+    save_adapter,
+    train,
+)
 
 
 def loss(model, batch):
@@ -25,94 +42,121 @@ def loss(model, batch):
 
 @torch.no_grad()
 def mean_loss(model, batches):
+    """The loss in evaluation mode, that is without dropout. The model stays in that mode."""
     model.eval()
     return sum(loss(model, batch).item() for batch in batches) / len(batches)
 
 
+# ------------------------------------------------------------------------------ a BERT, by train()
+def plain_bert():
+    """A classifier of two classes: the same random one whenever it is asked for."""
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(
+        vocab_size=40, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=128, pad_token_id=None, initializer_range=0.1))
+
+
+def bert_batches(epoch):
+    """100 batches of 32 texts of 12 tokens, with their labels.
+
+    Tokens 0-9 speak for class 0, 10-19 for class 1, and 20-39, half of all, for none.
+    """
+    random = torch.Generator().manual_seed(epoch)
+    shape = (100, 32, 12)
+    labels = torch.randint(2, shape[:2], generator=random)
+    words = 10 * labels[..., None] + torch.randint(10, shape, generator=random)
+    fillers = torch.randint(20, 40, shape, generator=random)
+    ids = torch.where(torch.rand(shape, generator=random) < 0.5, words, fillers)
+    return [dict(input_ids=i, labels=y) for i, y in zip(ids, labels)]
+
+
 def bert_by_train():
-    """Texts of 12 tokens: 0-9 speak for class 0, 10-19 for class 1, and 20-39, half of all, for
-    none. Returns the loss on texts never trained on, before and after (0.01; 0.5 if the classifier
-    alone trains)."""
-    def plain():
-        torch.manual_seed(0)  # the same random base whenever it is asked for
-        return BertForSequenceClassification(BertConfig(
-            vocab_size=40, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-            intermediate_size=128, pad_token_id=None, initializer_range=0.1))
+    """Returns the loss on texts never trained on, before and after: 0.68 and 0.01.
 
-    def batches(epoch):
-        random = torch.Generator().manual_seed(epoch)
-        labels, shape = torch.randint(2, (100, 32), generator=random), (100, 32, 12)
-        words = 10 * labels[..., None] + torch.randint(10, shape, generator=random)
-        fillers = torch.randint(20, 40, shape, generator=random)
-        ids = torch.where(torch.rand(shape, generator=random) < 0.5, words, fillers)
-        return [dict(input_ids=i, labels=y) for i, y in zip(ids, labels)]
-
-    model, unseen = plain(), batches(99)
+    Where the classifier alone trains, it ends at 0.49.
+    """
+    model = plain_bert()
+    unseen = bert_batches(99)
     before = mean_loss(model, unseen)
 
     adapters = add_adapters(model, targets=["query", "value"], modules_to_save=["classifier"])
-    steps = 3 * len(batches(0))
+    steps = 3 * len(bert_batches(0))
     freezer = AdaptiveFreezer(adapters, total_steps=steps, t_i=steps // 10, t_f=steps // 2)
-    train(model, batches, loss, epochs=3, lr=4e-3, freezer=freezer, precision="bf16")
-    after = mean_loss(model, unseen)  # this switches dropout off, too
-    save_adapter(model, "adapter.pt")           # what was learned; random matrices are a seed
+    train(model, bert_batches, loss, epochs=3, lr=4e-3, freezer=freezer, precision="bf16")
+    after = mean_loss(model, unseen)
+    save_adapter(model, "adapter.pt")  # only what was learned
+    size = os.path.getsize("adapter.pt")
 
-    load_adapter(fresh := plain(), "adapter.pt")
+    fresh = plain_bert()
+    load_adapter(fresh, "adapter.pt")
     fresh.eval()
     logits = model(**unseen[0]).logits
     assert torch.equal(fresh(**unseen[0]).logits, logits)  # bit for bit
-    merge_adapters(model)                       # inference costs no more; undo: unmerge_adapters
+    merge_adapters(model)  # a plain BERT again: inference costs no more than before
     rounding = (model(**unseen[0]).logits - logits).abs().max()
-    print(f"BERT: loss {before:.3f} -> {after:.3f}; adapter.pt has {os.path.getsize('adapter.pt')} "
-          f"bytes; merging moved a logit by at most {rounding:.0e}")
+    print(f"BERT: loss {before:.3f} -> {after:.3f}; adapter.pt has {size} bytes; merging moved a "
+          f"logit by at most {rounding:.0e}")
     for name, step in freezer.frozen_at.items():
         print(f"frozen after step {step:3}: {name}")
     return before, after
 
 
+# ------------------------------------------------------------------- a Llama, in a loop of its own
+def plain_llama():
+    """A small Llama: the same random one whenever it is asked for."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=32, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=128, bos_token_id=None, eos_token_id=None, initializer_range=0.2))
+
+
+def llama_batches(epoch):
+    """200 batches of 32 texts that count: each token is the one before it plus 1, modulo 32."""
+    random = torch.Generator().manual_seed(epoch)
+    starts = torch.randint(32, (200, 32, 1), generator=random)
+    return [dict(input_ids=ids, labels=ids) for ids in (starts + torch.arange(12)) % 32]
+
+
+def count_on(model):
+    """The eight tokens that the model puts behind 5 6 7."""
+    tokens = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False)
+    return tokens[0, 3:].tolist()
+
+
 def llama_by_a_loop():
-    """Counting: each token is the one before it plus 1, modulo 32. Returns losses as above."""
-    def plain():
-        torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(
-            vocab_size=32, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-            intermediate_size=128, bos_token_id=None, eos_token_id=None, initializer_range=0.2))
-
-    def batches(epoch):
-        starts = torch.randint(32, (200, 32, 1), generator=torch.Generator().manual_seed(epoch))
-        return [dict(input_ids=ids, labels=ids) for ids in (starts + torch.arange(12)) % 32]
-
-    def count_on(model):
-        return model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False)[0, 3:]
-
-    model, unseen = plain(), batches(99)[:20]
-    before, heard = mean_loss(model, unseen), count_on(model)
+    """Returns the loss on texts never trained on, before and after."""
+    model = plain_llama()
+    batches = llama_batches(0)
+    unseen = llama_batches(99)[:20]
+    before = mean_loss(model, unseen)
+    said = count_on(model)
 
     adapters = add_adapters(model, targets=["q_proj", "v_proj", "up_proj", "down_proj"])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
-    freezer = AdaptiveFreezer(adapters, total_steps=len(batches(0)), t_i=10, t_f=20)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=4e-3)
+    freezer = AdaptiveFreezer(adapters, total_steps=len(batches), t_i=10, t_f=20)
     model.train()  # from_pretrained gives a model in evaluation mode
-    for step, batch in enumerate(batches(0), start=1):
+    for batch in batches:
         loss(model, batch).backward()
-        freezer.update()                        # score: whole, unscaled, unclipped gradients
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        freezer.update()  # scores the whole, unscaled, unclipped gradients of this step
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
-        freezer.freeze(step, optimizer)         # and the optimizer forgets what it freezes
+        freezer.freeze(optimizer)  # and the optimizer forgets what is frozen
         optimizer.zero_grad(set_to_none=True)
     after = mean_loss(model, unseen)
     save_adapter(model, "llama.pt")
 
-    load_adapter(fresh := plain(), "llama.pt")
+    fresh = plain_llama()
+    load_adapter(fresh, "llama.pt")
     fresh.eval()
     assert torch.equal(fresh(**unseen[0]).logits, model(**unseen[0]).logits)
     merge_adapters(model)
-    merged = model(**unseen[0]).logits
-    for name, layer in adapters.items():        # only after merging: a plain Llama again,
-        model.set_submodule(name, layer.base)   # which model.save_pretrained(folder) can write
-    assert model.state_dict().keys() == plain().state_dict().keys()
-    assert torch.equal(model(**unseen[0]).logits, merged)
-    print(f"Llama: loss {before:.3f} -> {after:.3f}; after 5 6 7 it said {heard.tolist()}, now "
-          f"{count_on(model).tolist()}; trainable on average {freezer.average_trainable():,.0f}")
+    assert model.state_dict().keys() == plain_llama().state_dict().keys()
+    model.save_pretrained("llama")  # a plain Llama again, which transformers alone can load
+    loaded = LlamaForCausalLM.from_pretrained("llama")
+    assert torch.equal(loaded(**unseen[0]).logits, model(**unseen[0]).logits)
+    print(f"Llama: loss {before:.3f} -> {after:.3f}; after 5 6 7 it said {said}, now "
+          f"{count_on(model)}; trainable on average {freezer.average_trainable():,.0f}")
     return before, after
 
 

@@ -1,0 +1,284 @@
+"""The examples do what they say: several processes, models of transformers, the exercises.
+
+Processes are started as a user starts them, on the tiny BERT of tiny.py; no network, no GPU.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import aflora
+import tiny
+import train_glue_small as glue
+from aflora import AdaptiveFreezer, AFLoRAError
+
+ROOT = Path(aflora.__file__).resolve().parent
+EXAMPLES = ROOT / "examples"
+
+
+# ------------------------------------------------------------------------------- several processes
+# Runs a script, then waits until no thread of its process group is left.
+WATCHED = """import contextlib, pathlib, runpy, sys, time
+script = sys.argv.pop(1)
+try:
+    runpy.run_path(script, run_name="__main__")
+except SystemExit as end:
+    if end.code:
+        raise
+for _ in range(100):
+    with contextlib.suppress(OSError):  # a thread ended between its listing and its reading
+        threads = [p.read_text().strip() for p in pathlib.Path("/proc/self/task").glob("*/comm")]
+        if not any("gloo" in name for name in threads):
+            sys.exit()
+    time.sleep(0.05)
+sys.exit(f"threads that would abort the process as it ends: {threads}")
+"""
+
+
+def tiny_task(folder):
+    """The flags that name the tiny BERT and its SST-2."""
+    return ["--task", "sst2", "--model", str(folder), "--data", str(folder), "--amp", "off"]
+
+
+def environment(folder):
+    """One thread, an empty cache, and none of the variables by which torchrun numbers processes."""
+    ours = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return ours | dict(OMP_NUM_THREADS="1", AFLORA_CACHE=f"{folder}/none", AFLORA_DATA="")
+
+
+def start_processes(folder, count, *flags):
+    """examples/distributed.py under torchrun, on the tiny BERT, which has no dropout here."""
+    config = tiny.CONFIG | dict(hidden_dropout_prob=0.0)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "watched.py").write_text(WATCHED)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}",
+        "watched.py", str(EXAMPLES / "distributed.py"), *tiny_task(folder), "--out", f"out{count}",
+        *flags]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment(folder), encoding="utf-8", stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE)
+
+
+def run_alone(folder, *flags):
+    """The finished process of examples/distributed.py without torchrun, on the tiny BERT."""
+    command = [sys.executable, str(EXAMPLES / "distributed.py"), *tiny_task(folder), *flags]
+    return subprocess.run(
+        command, cwd=folder, env=environment(folder), encoding="utf-8", capture_output=True,
+        timeout=200)
+
+
+def test_two_processes_train_as_one(folder):
+    """The same batches on one and on two gloo processes: the same freezing steps and losses,
+    weights equal within float tolerance, both ranks bit-equal, less to send when everything is
+    frozen, and no thread of the process group left when a process ends.
+    """
+    # 21 rows: of the last batch's one row the second process has none.
+    flags = ["--epochs", "8", "--batch-size", "5", "--limit", "21"]
+    results = []
+    adapters = []
+    for count in (1, 2):
+        process = start_processes(folder, count, *flags)
+        printed, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        out = folder / f"out{count}"
+        results.append(json.loads((out / "result.json").read_text()))
+        adapters.append(torch.load(out / "adapter.pt", weights_only=True))
+        assert printed.count("ranks_equal") == 1  # rank 0 alone prints
+        assert printed.count("epoch 8 ") == 1
+
+    one, two = results
+    assert one["processes"] == 1
+    assert two["processes"] == 2
+    assert two["ranks_equal"]
+    assert one["frozen_at"] == two["frozen_at"]
+    assert len(two["frozen_at"]) == 8
+    assert one["batch_size"] == two["batch_size"] == 5
+    assert one["steps"] == two["steps"] == 8 * 5
+    matrices = 4 * 2 * 2 * 4 * (32 + 48)  # bytes of the FFN's A and B in two layers
+    assert two["bytes_per_step_all_frozen"] == two["bytes_per_step"] - matrices
+    assert [epoch["step"] for epoch in two["history"]] == [5 * i for i in range(1, 9)]
+    for epoch, expected in zip(two["history"], one["history"], strict=True):
+        assert epoch["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert epoch["accuracy"] == expected["accuracy"]
+
+    one, two = adapters
+    assert one["config"] == two["config"]
+    assert one["values"].keys() == two["values"].keys()
+    for name, value in one["values"].items():
+        assert_close(two["values"][name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("other, alike", [(0, True), (1, False)])
+def test_processes_that_froze_differently_stop(monkeypatch, other, alike):
+    """Other frozen matrices elsewhere are noticed in the very step, before gradients meet again."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import distributed as example
+
+    def all_reduce(tensor):  # with a process that has our gradients, and `other` in its checksum
+        tensor.mul_(2)
+        if not tensor.is_floating_point():
+            tensor.add_(other)
+
+    monkeypatch.setattr(example, "WORLD", 2)
+    monkeypatch.setattr(example.dist, "all_reduce", all_reduce)
+    model, layers = tiny.adapted()
+    freezer = AdaptiveFreezer(layers, 100, 10, 20)
+    training = example.ProcessGroupTraining(
+        model, tiny.loss_of, total_steps=100, lr=1e-2, freezer=freezer)
+    batch = tiny.data()[0]
+    for _ in range(19):
+        assert training.step([batch]) == []
+    if alike:
+        assert len(training.step([batch])) == 4  # r(20) = 1 - (6 / 7)^3 of twelve
+        training.step([batch])
+    else:
+        with pytest.raises(AFLoRAError, match="froze differently in step 20"):
+            training.step([batch])
+    assert len(training.sent) == training.steps
+
+
+def test_a_process_that_dies_ends_the_run(folder):
+    """One of two processes is killed while they train: the run ends with an error in a minute."""
+    process = start_processes(folder, 2, "--epochs", "100000")
+    try:
+        line = ""
+        while "epoch 20 " not in line:
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        began = time.perf_counter()
+        process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert time.perf_counter() - began < 60
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("flag", ["--limit", "--epochs", "--batch-size", "--lr", "--head-lr"])
+def test_a_flag_of_zero_is_refused_as_by_the_companion(folder, capsys, flag):
+    """Zero is not taken for "not given": both scripts end with one and the same error."""
+    assert glue.main([*tiny_task(folder), "--out", str(folder / "out"), flag, "0"]) == 2
+    expected = capsys.readouterr().err
+    assert expected.startswith("error: ")
+    done = run_alone(folder, "--out", "out", flag, "0")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == expected.strip()  # a warning may stand before it
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--task", "both"], "choose sst2 or mrpc"),
+    (["--checkpoint-every", "10"], "writes no checkpoints"),
+    (["--seed", "-1"], "--seed"),
+    (["--data", "none"], "SST-2/train.tsv is missing"),
+])
+def test_flags_that_do_nothing_are_refused(folder, flags, message):
+    """What the companion can and this script cannot is said, as is a wrong value; no traceback."""
+    done = run_alone(folder, *flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_a_bert_with_few_positions(folder):
+    """Eight positions: texts are cut there, and the loss is that of the companion's own run."""
+    tensors = tiny.checkpoint()
+    name = "embeddings.position_embeddings.weight"
+    tensors[name] = tensors[name][:8].clone()
+    (folder / "model.safetensors").write_bytes(tiny.safetensors(tensors))
+    config = tiny.CONFIG | dict(max_position_embeddings=8, hidden_dropout_prob=0.0)
+    (folder / "config.json").write_text(json.dumps(config))
+    longest = max(len(text.split()) for text, _, _ in glue.load_task("sst2", folder).train)
+    assert longest + 2 > 8  # [CLS] and [SEP]
+    flags = ["--epochs", "2", "--batch-size", "8"]
+    assert glue.main([*tiny_task(folder), *flags, "--out", str(folder / "companion")]) == 0
+    done = run_alone(folder, *flags, "--out", "alone")
+    assert done.returncode == 0, done.stderr
+
+    expected = json.loads((folder / "companion/result.json").read_text())
+    result = json.loads((folder / "alone/result.json").read_text())
+    assert result["frozen_at"] == expected["frozen_at"]
+    for epoch, other in zip(result["history"], expected["history"], strict=True):
+        assert epoch["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert epoch["accuracy"] == other["accuracy"]
+
+
+# -------------------------------------------------------------------------------------- the others
+@pytest.mark.parametrize("part", ["bert_by_train", "llama_by_a_loop"])
+def test_the_example_of_your_own_model(tmp_path, monkeypatch, capsys, part):
+    """A BERT by train() and a Llama in a loop of its own learn. The example itself asserts that its
+    files give the same logits, bit for bit, and that a merged Llama is a plain one.
+    """
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
+    import your_own_model as example
+    before, after = getattr(example, part)()
+    assert after < before / 2
+    printed = capsys.readouterr().out
+    if part == "bert_by_train":
+        assert printed.count("frozen after step") == 8
+    else:
+        assert "[8, 9, 10, 11, 12, 13, 14, 15]" in printed
+        assert (tmp_path / "llama/model.safetensors").exists()
+
+
+def exercises():
+    """The text of examples/exercises.md."""
+    return (EXAMPLES / "exercises.md").read_text(encoding="utf-8")
+
+
+def edited(old, new):
+    """Runs aflora.py's demonstration with one of the file's lines exchanged."""
+    source = Path(aflora.__file__).read_text(encoding="utf-8")
+    assert source.splitlines().count(old) == 1
+    names = {"__name__": "edited"}
+    exec(source.replace(f"{old}\n", f"{new}\n"), names)
+    names["demo"]()
+
+
+def test_the_blocks_of_the_exercises_run(capsys):
+    """Python blocks run and print the counts of their answers."""
+    for block in re.findall(r"```python\n(.*?)```", exercises(), re.DOTALL):
+        exec(block, {})
+    printed = capsys.readouterr().out
+    for number in ("0.799, realised 0.785", "realised 0.704", "written: 12.07", "folded: 0.12",
+                   "0.6895 after 100", "0.7982 after 100", "61.9% of the weights"):
+        assert number in printed
+
+
+def test_the_edits_of_the_exercises_do_what_the_answers_say(capsys):
+    """Edited lines stand in aflora.py. Counts, zeros and the order of equal scores are checked."""
+    edits = re.findall(r"```diff\n-(.*)\n[+](.*)\n```", exercises())
+    assert len(edits) == 4
+    printed = []
+    for old, new in edits:
+        edited(old, new)
+        printed.append(capsys.readouterr().out)
+    awake, first, zeros, weight = printed
+    steps = "'0.lora_A': {}, '0.lora_B': {}, '2.lora_A': {}, '2.lora_B': {}"
+    assert "frozen after step" in awake
+    assert first.startswith(f"step 1: r(t) = 0.000, s = {{{steps.format(*4 * ['0.0'])}}}\nstep 2")
+    assert steps.format(*4 * ["0.0"]) not in first.partition("step 2")[2]
+    assert f"frozen after step: {{{steps.format(70, 90, 110, 200)}}}" in zeros
+    assert "frozen after step: {'2.lora_A': 70, '0.lora_A': 90," in weight
+
+
+def test_the_ramp_that_begins_at_once(capsys):
+    """Exercise 4: r(10) = 0.143 freezes none of four matrices."""
+    aflora.demo(t_i=0)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert [int(step) for step in re.findall(r": (\d+)", last)] == [20, 50, 80, 200]
