@@ -11,7 +11,9 @@ the same relative depth did. Steps an epoch as the task has with batches of 64; 
 t_f = 70 % of all steps. Mean over the orders of all seeds, and the bounds that any order has.
 """
 
-import argparse, statistics, sys, types
+import argparse
+import sys
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,21 +21,31 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import torch  # noqa: E402
 import results  # noqa: E402
 from aflora import AdaptiveFreezer, add_adapters  # noqa: E402
-from train_glue_small import ATTENTION, FFN  # noqa: E402
+from results import AFLORA, QUESTION_SEEDS, SEEDS, TASKS, spread  # noqa: E402
+from train_glue_small import ATTENTION, FFN, as_lora  # noqa: E402
 
-LAYERS, HIDDEN, INNER = 12, 768, 3072  # DeBERTaV3-base
-PLANS = dict(mrpc=(20, 58), sst2=(10, 1053))  # epochs, steps an epoch: 3,668 and 67,349 rows by 64
+LAYERS = 12  # DeBERTaV3-base
+HIDDEN = 768
+INNER = 3072
+# Epochs, steps an epoch: 3,668 and 67,349 rows by 64
+PLANS = {"mrpc": (20, 58), "sst2": (10, 1053)}
 KINDS = ("intermediate.A", "intermediate.B", "output.A", "output.B")
 
 
-def deberta(**how):
-    """(adapters, how many of their parameters train) on DeBERTaV3-base's shapes."""
-    inner = dict(intermediate=(HIDDEN, INNER), output=(INNER, HIDDEN))
-    with torch.device("meta"):
-        layers = [torch.nn.ModuleDict({name: torch.nn.Linear(*inner.get(name, (HIDDEN, HIDDEN)))
-                                       for name in ATTENTION + FFN}) for _ in range(LAYERS)]
-    adapters = add_adapters(model := torch.nn.ModuleList(layers), ATTENTION + FFN, **how)
-    return adapters, sum(p.numel() for p in model.parameters() if p.requires_grad)
+def deberta(**options):
+    """DeBERTaV3-base's shapes with adapters: (model, adapters)."""
+    shapes = {"intermediate": (HIDDEN, INNER), "output": (INNER, HIDDEN)}
+    layers = torch.nn.ModuleList()
+    for _ in range(LAYERS):
+        linears = {name: torch.nn.Linear(*shapes.get(name, (HIDDEN, HIDDEN)), device="meta")
+                   for name in ATTENTION + FFN}
+        layers.append(torch.nn.ModuleDict(linears))
+    return layers, add_adapters(layers, ATTENTION + FFN, **options)
+
+
+def trainable(model):
+    """How many parameters of a model train."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def place(name):
@@ -51,19 +63,29 @@ def choose_preset(given=None):
 
 class Replay(AdaptiveFreezer):
     """Freezes by `turns`, {matrix: a number}, the lowest first, instead of by the scores."""
+
+    def update(self, found_inf=None):
+        """Counts the step: there are no gradients to score."""
+        self.step += 1
+
     def scores(self):
         return {name: self.turns[name] for name in self.live}
 
 
 def replayed(task, turns):
-    """Trainable parameters, averaged over a run on DeBERTaV3-base's shapes. turns: (layer, kind,
-    size) -> when that matrix freezes, as a number."""
+    """Trainable parameters, averaged over a run on DeBERTaV3-base's shapes.
+
+    turns: callable, (layer, kind, size) -> when that matrix freezes, as a number.
+    """
     epochs, steps = PLANS[task]
-    freezer = Replay(deberta(rank=4, train_matrices=FFN)[0], total := epochs * steps, t_i=steps,
-                     t_f=round(0.7 * total))
+    total = epochs * steps
+    _, adapters = deberta(rank=4, train_matrices=FFN)
+    freezer = Replay(adapters, total, t_i=steps, t_f=round(0.7 * total))
     freezer.turns = {name: turns(*place(name), p.numel()) for name, p in freezer.matrices.items()}
-    for step in range(1, total + 1):
-        freezer.freeze(step, types.SimpleNamespace(state={}))
+    optimizer = types.SimpleNamespace(state={})
+    for _ in range(total):
+        freezer.update()
+        freezer.freeze(optimizer)
     return freezer.average_trainable()
 
 
@@ -74,60 +96,80 @@ def stretched(run):
     return lambda layer, kind, size: order[layer * depth // LAYERS, kind]
 
 
-def several(values, form):
-    """Mean ± standard deviation over seeds."""
-    spread = f" ± {format(statistics.stdev(values), form)}" if len(values) > 1 else ""
-    return format(statistics.mean(values), form) + spread
-
-
 def row(*cells):
     print("|", " | ".join(cells), "|", flush=True)
+
+
+def fewer_parameters(task, preset, lora):
+    """The rows of one task for the claim of 9.5 x fewer. lora: LoRA's parameters on DeBERTa."""
+    runs = results.load(task, AFLORA, QUESTION_SEEDS)
+    if not runs:
+        print(f"{task}: no runs yet: python benchmarks/results.py", file=sys.stderr)
+        return
+    epochs, steps = PLANS[task]
+    means = [replayed(task, stretched(run)) for run in runs]
+    row("9.5 x fewer", f"DeBERTaV3-base shapes, {epochs} x {steps} steps, {task}'s order",
+        str(len(runs)), spread(means, ",.0f"), f"{lora:,}",
+        spread([lora / mean for mean in means], ".2f"))
+    small = replayed(task, lambda layer, kind, size: -size)
+    large = replayed(task, lambda layer, kind, size: size)
+    row("", "... any order: largest first to smallest first", "",
+        f"{small:,.0f} to {large:,.0f}", f"{lora:,}", f"{lora / small:.2f} to {lora / large:.2f}")
+    there = results.load(task, "lora r=8", SEEDS)
+    if there:
+        counts = [run["trainable_average"] for run in runs]
+        lora_there = there[0]["trainable_average"]
+        row("", f"the trained model, {task}, {preset}", str(len(runs)), spread(counts, ",.0f"),
+            f"{lora_there:,.0f}", spread([lora_there / mean for mean in counts], ".2f"))
+
+
+def mean_steps(run):
+    """{kind: the mean step after which its matrices froze} of a run."""
+    steps = {kind: [] for kind in KINDS}
+    for name, step in run["frozen_at"].items():
+        _, kind = place(name)
+        steps[kind].append(step)
+    return {kind: sum(values) / len(values) for kind, values in steps.items()}
+
+
+def latest_kind(task):
+    """The row of one task for the claim that the FFN's first A freezes last."""
+    runs = results.load(task, AFLORA, QUESTION_SEEDS)
+    if not runs:
+        return
+    means = [mean_steps(run) for run in runs]
+    latest = sum(max(mean, key=mean.get) == KINDS[0] for mean in means)
+    last = []  # each run's kind of the matrix that froze last
+    for run in runs:
+        _, kind = place(list(run["frozen_at"])[-1])
+        last.append(kind)
+    row(f"{task}: mean step of freezing, of {runs[0]['steps']}", str(len(runs)),
+        *(spread([mean[kind] for mean in means], ".0f") for kind in KINDS),
+        f"{latest} of {len(runs)} seeds",
+        ", ".join(f"{kind} {last.count(kind)}" for kind in KINDS if kind in last))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", choices=("quick", "full"))
     preset = choose_preset(parser.parse_args().preset)
-    lora = deberta(rank=8, method="lora")[1]
-    start = deberta(rank=4, train_matrices=FFN)[1]
-    end = deberta(rank=4, train_matrices="none")[1]
-    print(f"DeBERTaV3-base shapes: AFLoRA r=4 trains {start:,} at the start, {end:,} at the end; "
-          f"LoRA r=8 {lora:,}\n")
+    start, _ = deberta(rank=4, train_matrices=FFN)
+    end, _ = deberta(rank=4, train_matrices=())
+    theirs, layers = deberta(rank=8)
+    as_lora(layers)
+    lora = trainable(theirs)
+    print(f"DeBERTaV3-base shapes: AFLoRA r=4 trains {trainable(start):,} at the start, "
+          f"{trainable(end):,} at the end; LoRA r=8 {lora:,}\n")
     row("claim", "where", "seeds", "AFLoRA's average", "LoRA r=8", "times fewer")
     row(*["---"] * 6)
-    for task in results.TASKS:
-        if not (runs := results.load(task, results.AFLORA, results.QUESTION_SEEDS)):
-            print(f"{task}: no runs yet: python benchmarks/results.py", file=sys.stderr)
-            continue
-        epochs, steps = PLANS[task]
-        means = [replayed(task, stretched(run)) for run in runs]
-        row("9.5 x fewer", f"DeBERTaV3-base shapes, {epochs} x {steps} steps, {task}'s order",
-            str(len(runs)), several(means, ",.0f"), f"{lora:,}",
-            several([lora / mean for mean in means], ".2f"))
-        small, large = (replayed(task, lambda layer, kind, size: size * sign) for sign in (-1, 1))
-        row("", "... any order: largest first to smallest first", "",
-            f"{small:,.0f} to {large:,.0f}", f"{lora:,}",
-            f"{lora / small:.2f} to {lora / large:.2f}")
-        if there := results.load(task, "lora r=8", results.SEEDS):
-            counts = [run["trainable_average"] for run in runs]
-            row("", f"the trained model, {task}, {preset}", str(len(runs)),
-                several(counts, ",.0f"), f"{there[0]['trainable_average']:,.0f}",
-                several([there[0]["trainable_average"] / mean for mean in counts], ".2f"))
+    for task in TASKS:
+        fewer_parameters(task, preset, lora)
     print()
     row("the FFN's first A freezes last", "seeds", *KINDS, "intermediate.A the latest",
         "last of all")
     row(*["---"] * 8)
-    for task in results.TASKS:
-        if runs := results.load(task, results.AFLORA, results.QUESTION_SEEDS):
-            means = [{kind: statistics.mean(at for name, at in run["frozen_at"].items()
-                                            if place(name)[1] == kind) for kind in KINDS}
-                     for run in runs]
-            latest = sum(max(mean, key=mean.get) == KINDS[0] for mean in means)
-            last = [place(list(run["frozen_at"])[-1])[1] for run in runs]
-            row(f"{task}: mean step of freezing, of {runs[0]['steps']}", str(len(runs)),
-                *(several([mean[kind] for mean in means], ".0f") for kind in KINDS),
-                f"{latest} of {len(runs)} seeds",
-                ", ".join(f"{kind} {last.count(kind)}" for kind in KINDS if kind in last))
+    for task in TASKS:
+        latest_kind(task)
 
 
 if __name__ == "__main__":

@@ -16,63 +16,82 @@ On CUDA all rows, where padded a fixed sample; on a CPU fixed samples: examples 
 A short pass of each comes first and is left out. Writes results/epoch-DEVICE.json.
 """
 
-import argparse, contextlib, io, os, statistics, time, warnings
+import argparse
+import contextlib
+import io
+import math
+import os
+import statistics
+import time
+import types
+import warnings
 from functools import partial
 
 os.environ["TQDM_DISABLE"] = "1"
 import step  # noqa: E402  the benchmark beside this file; finds aflora.py, too
-import accelerate, peft, torch, torch.nn.functional as F, transformers  # noqa: E401, E402
+import accelerate  # noqa: E402
+import peft  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
 import aflora  # noqa: E402
 import train_glue_small as companion  # noqa: E402
+from data.fetch import model_folder  # noqa: E402
+from data.text import WordPieceTokenizer, load_task  # noqa: E402
 
-SIZE, WARM_UP = 32, 2 * 32
-ROWS = dict(whole=None, padded=16_000) if step.CUDA else dict(whole=2000, padded=160)
+SIZE = 32
+WARM_UP = 2 * SIZE  # rows
+WHOLE = None if step.CUDA else 2000  # rows; None: all
+PADDED = 16_000 if step.CUDA else 160  # rows
 PRECISION = companion.choose_precision("auto", step.DEVICE)
 
 
 class Ours:
     """The companion with its defaults."""
-    def __init__(self, folder, total):
-        recipe = companion.RECIPES["quick", "sst2"]
-        torch.manual_seed(0)
-        self.tokenizer = companion.WordPieceTokenizer(folder / "vocab.txt")
-        self.model = companion.BertClassifier(companion.Bert.load(folder)).to(step.DEVICE)
-        layers = aflora.add_adapters(self.model, step.TARGETS, train_matrices=companion.FFN,
-                                     modules_to_save=["head"])
-        self.freezer = aflora.AdaptiveFreezer(layers, total, round(recipe["t_i"] * total),
-                                              round(recipe["t_f"] * total))
+
+    def __init__(self, folder, rows):
+        flags = f"--task sst2 --preset quick --epochs 1 --batch-size {SIZE} --limit {len(rows)}"
+        args = companion.parse([*flags.split(), "--model", str(folder)])
+        task = types.SimpleNamespace(train=rows, dev=rows[:SIZE])
+        self.experiment = companion.prepare("sst2", args, task, step.DEVICE, PRECISION)
+        # Of its own: the experiment's knows the words of these rows already
+        self.tokenizer = WordPieceTokenizer(folder / "vocab.txt")
 
     def __call__(self, rows):
         """Trains an epoch, yields when the texts are tokenized and when all is done."""
         examples = companion.Examples(rows, self.tokenizer)
         yield
-        aflora.train(self.model, lambda epoch: examples.batches(SIZE, 0, epoch),
-                     lambda model, batch: F.cross_entropy(model(*batch[:-1]).float(), batch[-1]),
-                     epochs=1, lr=4e-3, head_lr=2e-3, weight_decay=0.01, freezer=self.freezer,
-                     precision=PRECISION)
+        recipe = self.experiment.recipe
+        aflora.train(self.experiment.model, lambda epoch: examples.batches(SIZE, 0, epoch),
+                     companion.loss, epochs=1, lr=recipe["lr"], head_lr=recipe["head_lr"],
+                     weight_decay=0.01, freezer=self.experiment.freezer, precision=PRECISION)
         yield
 
 
 class Theirs:
     """transformers, PEFT and Accelerate; pad: all texts to so many tokens."""
-    def __init__(self, folder, total, pad=None):
+
+    def __init__(self, folder, rows, pad=None):
         torch.manual_seed(0)
-        mixed = dict(fp32="no").get(PRECISION, PRECISION)
+        mixed = "no" if PRECISION == "fp32" else PRECISION
         self.accelerator = accelerate.Accelerator(mixed_precision=mixed)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        targets = ["query", "key", "value", "attention.output.dense", "intermediate.dense",
+                   "output.dense"]
         model = peft.get_peft_model(
             transformers.BertForSequenceClassification.from_pretrained(folder, num_labels=2),
-            peft.LoraConfig(task_type="SEQ_CLS", r=8, target_modules=[
-                "query", "key", "value", "attention.output.dense", "intermediate.dense",
-                "output.dense"]))
+            peft.LoraConfig(task_type="SEQ_CLS", r=8, target_modules=targets))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        self.parts = self.accelerator.prepare(
-            model, optimizer, transformers.get_scheduler("linear", optimizer, 0, total))
-        self.pad, multiple = pad, None if mixed == "no" else 8
-        self.collate = transformers.default_data_collator if pad else (
-            transformers.DataCollatorWithPadding(self.tokenizer, pad_to_multiple_of=multiple))
+        steps = math.ceil(len(rows) / SIZE)
+        schedule = transformers.get_scheduler("linear", optimizer, 0, steps)
+        self.parts = self.accelerator.prepare(model, optimizer, schedule)
+        self.pad = pad
+        self.collate = transformers.default_data_collator
+        if pad is None:
+            self.collate = transformers.DataCollatorWithPadding(
+                self.tokenizer, pad_to_multiple_of=None if mixed == "no" else 8)
 
     def __call__(self, rows):
+        """Trains an epoch, yields when the texts are tokenized and when all is done."""
         texts, _, labels = zip(*rows)
         encoded = self.tokenizer(list(texts), padding="max_length" if self.pad else False,
                                  max_length=self.pad or 128, truncation=True)
@@ -93,54 +112,77 @@ class Theirs:
 def seconds(arm, folder, rows):
     """(tokenizing, all) of one epoch with a fresh model."""
     with contextlib.redirect_stdout(io.StringIO()):
-        stages = arm(folder, -(-len(rows) // SIZE))(rows)
+        stages = arm(folder, rows)(rows)
         began = time.perf_counter()
         next(stages)
         tokenized = time.perf_counter()
         next(stages)
-        if step.CUDA:
-            torch.cuda.synchronize()
+        step.wait()
         return tokenized - began, time.perf_counter() - began
+
+
+def arms_of(task):
+    """{name: (arm, its rows)}, drawn from the task's."""
+    order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0)).tolist()
+    whole = [task.train[i] for i in order[:WHOLE]]
+    padded = [task.train[i] for i in order[:PADDED]]
+    return {
+        "ours": (Ours, whole),
+        "theirs, dynamic": (Theirs, whole),
+        "theirs, 128 tokens": (partial(Theirs, pad=128), padded),
+        "theirs, 256 tokens": (partial(Theirs, pad=256), padded),
+    }
+
+
+def check_tokenizers(folder, rows):
+    """Both have to give the very ids of each text."""
+    encode = WordPieceTokenizer(folder / "vocab.txt").encode
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for text, *_ in rows:
+        ids, _ = encode(text)
+        assert ids == tokenizer(text)["input_ids"], text
+
+
+def measure(arms, folder, rounds):
+    """{name of an arm: what was measured}."""
+    rates = {name: [] for name in arms}
+    tokenizing = {name: [] for name in arms}
+    for name, (arm, rows) in arms.items():
+        seconds(arm, folder, rows[:WARM_UP])
+    for _ in range(rounds):
+        for name, (arm, rows) in arms.items():
+            first, spent = seconds(arm, folder, rows)
+            rates[name].append(len(rows) / spent)
+            tokenizing[name].append(first / spent)
+    return {name: {
+        "rows": len(rows), "examples_per_second": statistics.median(rates[name]),
+        "rates": rates[name], "share_of_tokenizing": statistics.median(tokenizing[name]),
+        "ours_faster": statistics.median(a / b for a, b in zip(rates["ours"], rates[name])),
+    } for name, (_, rows) in arms.items()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3, help="epochs of each, interleaved; 3")
-    if (rounds := parser.parse_args().rounds) < 1:
+    rounds = parser.parse_args().rounds
+    if rounds < 1:
         parser.error("--rounds: at least 1")
     transformers.logging.set_verbosity_error()  # it would say that the classifier is new,
     warnings.simplefilter("ignore")  # and aflora that few steps make few looks
-    folder = [companion.fetch(name) for name in companion.FILES
-              if name.startswith(companion.MODEL)][0].parent
-    task = companion.load_task("sst2", os.environ.get("AFLORA_DATA"))
-    order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0)).tolist()
-    sample = {kind: [task.train[i] for i in order[:count]] for kind, count in ROWS.items()}
-    arms = {"ours": (Ours, sample["whole"]), "theirs, dynamic": (Theirs, sample["whole"])} | {
-        f"theirs, {pad} tokens": (partial(Theirs, pad=pad), sample["padded"]) for pad in (128, 256)}
-    encode = companion.WordPieceTokenizer(folder / "vocab.txt").encode
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert all(encode(text)[0] == tokenizer(text)["input_ids"] for text, *_ in sample["padded"])
-    rates, tokenizing = {name: [] for name in arms}, {name: [] for name in arms}
-    for number in range(rounds + 1):
-        for name, (arm, rows) in arms.items():
-            rows = rows if number else rows[:WARM_UP]
-            first, spent = seconds(arm, folder, rows)
-            if number:
-                rates[name].append(len(rows) / spent)
-                tokenizing[name].append(first / spent)
-    found = {name: dict(
-        rows=len(rows), examples_per_second=statistics.median(rates[name]), rates=rates[name],
-        share_of_tokenizing=statistics.median(tokenizing[name]),
-        ours_faster=statistics.median(a / b for a, b in zip(rates["ours"], rates[name])))
-        for name, (_, rows) in arms.items()}
+    folder = model_folder()
+    task = load_task("sst2", os.environ.get("AFLORA_DATA"))
+    arms = arms_of(task)
+    _, padded = arms["theirs, 128 tokens"]
+    check_tokenizers(folder, padded)
+    found = measure(arms, folder, rounds)
     print(f"{task.title}, {PRECISION}, {rounds} rounds\n{'':20} rows  examples/s (lowest, highest) "
           " tokenizing  ours is faster")
-    for name, a in found.items():
-        print(f"{name:18}{a['rows']:7}{a['examples_per_second']:9.1f} ({min(a['rates']):.1f}, "
-              f"{max(a['rates']):.1f}) {100 * a['share_of_tokenizing']:8.1f} % "
-              f"{a['ours_faster']:8.2f} x")
-    step.write_results("epoch", {f"{task.title} {PRECISION}": dict(
-        rounds=rounds, batch_size=SIZE, machine=step.machine(), arms=found)})
+    for name, arm in found.items():
+        print(f"{name:18}{arm['rows']:7}{arm['examples_per_second']:9.1f} "
+              f"({min(arm['rates']):.1f}, {max(arm['rates']):.1f}) "
+              f"{100 * arm['share_of_tokenizing']:8.1f} % {arm['ours_faster']:8.2f} x")
+    step.write_results("epoch", {f"{task.title} {PRECISION}": {
+        "rounds": rounds, "batch_size": SIZE, "machine": step.machine(), "arms": found}})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ accuracy     every method against what it trains           layer   the adapted l
 One preset a picture, never both: the full one where there are results of it.
 """
 
-import argparse, itertools, math, statistics, sys
+import argparse
+import itertools
+import math
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -24,15 +27,22 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import results  # noqa: E402
 from aflora import freezing_fraction  # noqa: E402
 from claims import KINDS, choose_preset, place  # noqa: E402
-from results import AFLORA, METHODS, QUESTION_SEEDS, SEEDS, TASKS  # noqa: E402
+from results import (  # noqa: E402
+    AFLORA, METHODS, QUESTION_SEEDS, SEEDS, TASKS, mean_and_deviation)
 
-TITLES = dict(sst2="SST-2", mrpc="MRPC")
+TITLES = {"sst2": "SST-2", "mrpc": "MRPC"}
 LABELS = {"full": "full fine-tuning", "lora r=8": "LoRA r=8", "elora r=4": "ELoRA r=4",
           "elora r=1024": "ELoRA r=1024", AFLORA: "AFLoRA r=4"}
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers differ, too
-BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00".split()
-GREY, PALE = "#666666", "#D9D9D9"
-WHITE = dict(facecolor="white", alpha=0.7, linewidth=0, pad=1)  # behind a word
+BLUE = "#0072B2"
+ORANGE = "#E69F00"
+GREEN = "#009E73"
+PINK = "#CC79A7"
+SKY = "#56B4E9"
+RED = "#D55E00"
+GREY = "#666666"
+PALE = "#D9D9D9"
+WHITE = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1}  # behind a word
 LOOKS = {"full": ("#000000", "s"), "lora r=8": (ORANGE, "^"), "elora r=4": (GREEN, "v"),
          "elora r=1024": (PINK, "D"), AFLORA: (BLUE, "o")}
 STYLE = {  # 8.4 inches are 806 px on a page; white all around, for dark pages
@@ -43,10 +53,11 @@ STYLE = {  # 8.4 inches are 806 px on a page; white all around, for dark pages
     "legend.frameon": False, "svg.hashsalt": "aflora", "hatch.linewidth": 0.6}
 
 
-# ------------------------------------------------------------------------------------ what is there
+# ---------------------------------------------------------------------------------- what is there
 def cells_of(task, arm, seeds):
     """The finished runs, at least one; a picture that lacks them is left out."""
-    if not (cells := results.load(task, arm, seeds)):
+    cells = results.load(task, arm, seeds)
+    if not cells:
         raise FileNotFoundError(f"no run of {task}, {arm}, in {results.FOLDER.relative_to(ROOT)}")
     return cells
 
@@ -56,8 +67,8 @@ def panels_for(arms, seeds, height=3.3, **how):
     there = [task for task in TASKS if all(results.load(task, arm, seeds) for arm in arms)]
     if not there:
         raise FileNotFoundError(f"no task has runs of {', '.join(arms)}")
-    figure, axes = plt.subplots(1, len(there), figsize=(8.4 if there[1:] else 5.6, height),
-                                squeeze=False, **how)
+    width = 8.4 if len(there) > 1 else 5.6
+    figure, axes = plt.subplots(1, len(there), figsize=(width, height), squeeze=False, **how)
     return figure, list(zip(axes[0], there))
 
 
@@ -81,63 +92,74 @@ def steps_of(cell):
     return round(cell["t_i"] * total), total - round(cell["t_f"] * total), total
 
 
-# ----------------------------------------------------------------------------------- of the runs
+def scheduled(cell):
+    """r(t) of a run in per cent, for t = 0 to T."""
+    first, last, total = steps_of(cell)
+    shares = [freezing_fraction(t, total, first, total - last) for t in range(total + 1)]
+    return [100 * float(share) for share in shares]
+
+
+# ------------------------------------------------------------------------------------- of the runs
 def freeze_map():
     """Matrices x layers, both tasks; the step of freezing is the number and the colour."""
     figure, panels = panels_for([AFLORA], QUESTION_SEEDS, 3.1, sharey=True)
     for axes, task in panels:
         runs = cells_of(task, AFLORA, QUESTION_SEEDS)
-        where = [{place(name): at for name, at in run["frozen_at"].items()} for run in runs]
-        depth = 1 + max(layer for layer, _ in where[0])
-        first, last, total = steps_of(runs[0])
-        means = [[statistics.mean(at[layer, kind] for at in where) for layer in range(depth)]
-                 for kind in KINDS]
-        wide = [[*row, math.nan, statistics.mean(row)] for row in means]
-        image = axes.imshow(wide, cmap="viridis", vmin=first, vmax=last, aspect="auto")
-        for y, row in enumerate(wide):
-            for x, step in enumerate(row):
-                if x != depth:  # the gap before the mean
-                    axes.text(x, y, f"{step:.0f}", ha="center", va="center", fontsize=8.5,
-                              color="white" if step < (first + last) / 2 else "black")
+        steps = steps_of(runs[0])
+        image, depth = draw_map(axes, runs, steps)
         axes.set_xticks([*range(depth), depth + 1], [*range(depth), "mean"])
         axes.set_yticks(range(len(KINDS)), KINDS)
         axes.set(title=title(runs[0]), xlabel=f"layer (mean over {len(runs)} seeds)")
         axes.tick_params(length=0, grid_alpha=0)
         axes.spines[:].set_visible(False)
-        bar = figure.colorbar(image, ax=axes, orientation="horizontal", aspect=30, pad=0.03)
-        bar.set_ticks(marks := [first + (last - first) * i / 4 for i in range(5)],
-                      labels=[f"{m:.0f}\n({100 * m / total:.0f} %)" for m in marks])
-        bar.set_label("frozen after step (share of the run)")
-        bar.outline.set_visible(False)
+        add_colour_bar(figure, axes, image, steps)
     figure.suptitle("The attention's A and B are not shown: they are frozen from the start",
                     fontsize=9)
+
+
+def draw_map(axes, runs, steps):
+    """Colours and numbers of one task; returns the image and the number of layers."""
+    where = [{place(name): at for name, at in run["frozen_at"].items()} for run in runs]
+    depth = 1 + max(layer for layer, _ in where[0])
+    first, last, _ = steps
+    wide = []
+    for kind in KINDS:
+        means = [mean_and_deviation([at[layer, kind] for at in where])[0]
+                 for layer in range(depth)]
+        wide.append([*means, math.nan, sum(means) / depth])  # a gap, then the mean of the row
+    image = axes.imshow(wide, cmap="viridis", vmin=first, vmax=last, aspect="auto")
+    for y, row in enumerate(wide):
+        for x, step in enumerate(row):
+            if x != depth:
+                axes.text(x, y, f"{step:.0f}", ha="center", va="center", fontsize=8.5,
+                          color="white" if step < (first + last) / 2 else "black")
+    return image, depth
+
+
+def add_colour_bar(figure, axes, image, steps):
+    """From the ramp's first step to its last, below one task's map."""
+    first, last, total = steps
+    marks = [first + (last - first) * i / 4 for i in range(5)]
+    bar = figure.colorbar(image, ax=axes, orientation="horizontal", aspect=30, pad=0.03)
+    bar.set_ticks(marks, labels=[f"{mark:.0f}\n({100 * mark / total:.0f} %)" for mark in marks])
+    bar.set_label("frozen after step (share of the run)")
+    bar.outline.set_visible(False)
 
 
 def schedule():
     """Left: scheduled and realised share; right: what still trains. Both from frozen_at alone."""
     run, = cells_of("sst2", AFLORA, [0])
     first, last, total = steps_of(run)
-    starts, size = [0, *sorted(set(run["frozen_at"].values()))], sizes(run)
-    gone = [[name for name, at in run["frozen_at"].items() if at <= step] for step in starts]
-    trained = [run["trainable_start"] - sum(size[name] for name in names) for names in gone]
+    starts = [0, *sorted(set(run["frozen_at"].values()))]
     edges = [*starts, total]
+    gone = [[name for name, at in run["frozen_at"].items() if at <= step] for step in starts]
     left, right = plt.subplots(1, 2)[1]
-    left.plot(range(total + 1), [100 * freezing_fraction(t, total, first, total - last)
-                                 for t in range(total + 1)], color=ORANGE, label="scheduled, r(t)")
-    left.stairs([100 * len(names) / len(size) for names in gone], edges, baseline=None, color=BLUE,
-                linewidth=1.5, label="realised")
+    left.plot(range(total + 1), scheduled(run), color=ORANGE, label="scheduled, r(t)")
+    left.stairs([100 * len(names) / len(run["frozen_at"]) for names in gone], edges,
+                baseline=None, color=BLUE, linewidth=1.5, label="realised")
     left.legend(loc="lower right")
     left.set(title=title(run, ", seed 0"), ylabel="share of A and B that is frozen (%)")
-    right.stairs([count / 1000 for count in trained], edges, baseline=None, color=BLUE,
-                 linewidth=1.5)
-    mean = sum(count * (b - a) for count, a, b in zip(trained, edges, edges[1:])) / total
-    assert abs(mean - run["trainable_average"]) < 1, (mean, run["trainable_average"])
-    right.axhline(mean / 1000, color=GREY, linestyle="--", linewidth=1)
-    right.text(total, mean / 1000 + 1, f"average: {mean:,.0f}", ha="right")
-    right.text(total, run["trainable_end"] / 1000 - 2, "the vectors $s_d$, $s_b$ alone: "
-               f"{run['trainable_end']:,}", ha="right", va="top")
-    right.set(title="What trains (the head not counted)", ylabel="adapter parameters (thousands)",
-              ylim=(0, None))
+    draw_trained(right, run, gone, edges)
     for axes, height in ((left, 50), (right, 5)):
         axes.set(xlabel="optimizer step", xlim=(0, total))
         for step, word, side in ((first, "$t_i$ ", "right"), (last, " $T - t_f$", "left")):
@@ -145,23 +167,43 @@ def schedule():
             axes.text(step, height, word, ha=side, color=GREY)
 
 
+def draw_trained(axes, run, gone, edges):
+    """What trains between `edges`, steps. gone: the names frozen by then, one list a span."""
+    size = sizes(run)
+    total = run["steps"]
+    trained = [run["trainable_start"] - sum(size[name] for name in names) for names in gone]
+    axes.stairs([count / 1000 for count in trained], edges, baseline=None, color=BLUE,
+                linewidth=1.5)
+    mean = sum(count * (b - a) for count, a, b in zip(trained, edges, edges[1:])) / total
+    assert abs(mean - run["trainable_average"]) < 1, (mean, run["trainable_average"])
+    axes.axhline(mean / 1000, color=GREY, linestyle="--", linewidth=1)
+    axes.text(total, mean / 1000 + 1, f"average: {mean:,.0f}", ha="right")
+    axes.text(total, run["trainable_end"] / 1000 - 2, "the vectors $s_d$, $s_b$ alone: "
+              f"{run['trainable_end']:,}", ha="right", va="top")
+    axes.set(title="What trains (the head not counted)", ylabel="adapter parameters (thousands)",
+             ylim=(0, None))
+
+
 def scores():
     """The score of each matrix until it froze: of six matrices by name, of the others in grey."""
     run, = cells_of("sst2", AFLORA, [0])
-    record, order = run["record"], list(run["frozen_at"])
+    record = run["record"]
+    order = list(run["frozen_at"])
     shown = [order[round(i * (len(order) - 1) / 5)] for i in range(6)]
+    colours = (SKY, GREEN, ORANGE, PINK, RED, BLUE)
+    in_grey = {"color": PALE, "linewidth": 0.8, "markersize": 3}
     axes = plt.subplots(figsize=(8.4, 3.9))[1]
     for name in order:
         points = [(t, at[name]) for t, at in zip(record["step"], record["scores"]) if name in at]
         if name not in shown:
-            axes.plot(*zip(*points), "o-", color=PALE, linewidth=0.8, markersize=3,
-                      markevery=[-1], zorder=1)
+            axes.plot(*zip(*points), "o-", **in_grey, markevery=[-1], zorder=1)
             continue
-        i, (depth, kind) = shown.index(name), place(name)
-        axes.plot(*zip(*points), color=(SKY, GREEN, ORANGE, PINK, RED, BLUE)[i], marker="osD^vP"[i],
-                  linewidth=1.6, markevery=[-1], markersize=8, markeredgecolor="black", zorder=2,
+        i = shown.index(name)
+        depth, kind = place(name)
+        axes.plot(*zip(*points), color=colours[i], marker="osD^vP"[i], linewidth=1.6,
+                  markevery=[-1], markersize=8, markeredgecolor="black", zorder=2,
                   label=f"layer {depth} {kind}, step {points[-1][0]}")
-    axes.plot([], [], "o-", color=PALE, linewidth=0.8, markersize=3, label="the others")
+    axes.plot([], [], "o-", **in_grey, label="the others")
     axes.legend(title="frozen after", loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8.5)
     axes.set(title=title(run, ", seed 0: a marker is where a matrix froze"), yscale="log",
              xlabel="optimizer step", ylabel="score s(t), equation (5), no unit", xlim=(0, None))
@@ -169,114 +211,146 @@ def scores():
 
 def accuracy():
     """Accuracy against trained parameters; who trains only the head is a line across."""
-    panels = panels_for(METHODS, SEEDS, 3.7)[1]
+    _, panels = panels_for(METHODS, SEEDS, 3.7)
     for axes, task in panels:
         runs = {arm: cells_of(task, arm, SEEDS) for arm in METHODS}
-        at = {arm: (statistics.mean(run["trainable_average"] for run in cells),
-                    statistics.mean(values := [run["accuracy"] for run in cells]),
-                    statistics.stdev(values) if len(values) > 1 else 0)
-              for arm, cells in runs.items()}
-        _, middle, apart = at.pop("head only")
-        axes.axhspan(middle - apart, middle + apart, color=PALE, alpha=0.6, linewidth=0)
-        axes.axhline(middle, color=GREY, linestyle="--", linewidth=1)
-        for arm, (trained, mean, deviation) in at.items():
-            axes.errorbar(trained, mean, deviation, color=LOOKS[arm][0], marker=LOOKS[arm][1],
-                          capsize=3, markersize=7, zorder=3)
-        axes.set(title=title(runs[AFLORA][0], f", {min(map(len, runs.values()))} seeds"),
+        points = {}  # arm: parameters trained, mean accuracy, its deviation
+        for arm, cells in runs.items():
+            trained, _ = mean_and_deviation([cell["trainable_average"] for cell in cells])
+            points[arm] = trained, *mean_and_deviation([cell["accuracy"] for cell in cells])
+        seeds = min(len(cells) for cells in runs.values())
+        axes.set(title=title(runs[AFLORA][0], f", {seeds} seeds"),
                  xlabel="parameters trained, average over the run\n(the head not counted)",
                  xscale="log", xlim=(350, 9e7))
-        spans = [(middle, apart), *(span[1:] for span in at.values())]
-        low, high = min(m - d for m, d in spans), max(m + d for m, d in spans)
-        axes.set_ylim(low - (high - low) * 0.1, high + (high - low) * 0.15)
-        gap = (high - low) * 0.11  # a line of text
-        axes.text(8e7, middle, "head only: 0 parameters", ha="right", va="bottom", color=GREY)
-        # The methods that train little stand close together: their names in a column on the left
-        left = sorted((arm for arm in at if at[arm][0] < 1e5), key=lambda arm: at[arm][1])
-        heights = [at[arm][1] for arm in left]
-        for _, i in itertools.product(range(99), range(len(left) - 1)):  # push neighbours apart
-            push = max(0, gap - (heights[i + 1] - heights[i])) / 2
-            heights[i:i + 2] = heights[i] - push, heights[i + 1] + push
-        for arm, height in zip(left, heights):
-            axes.annotate(LABELS[arm], at[arm][:2], (450, height), va="center", zorder=4,
-                          weight="bold" if arm == AFLORA else "normal", bbox=WHITE,
-                          arrowprops=dict(arrowstyle="-", color=LOOKS[arm][0], linewidth=0.7))
-        for arm, x, side in (("lora r=8", at["lora r=8"][0], "center"), ("full", 8e7, "right")):
-            axes.text(x, sum(at[arm][1:]) + gap * 0.2, LABELS[arm], ha=side, va="bottom",
-                      bbox=WHITE, zorder=4)
-    panels[0][0].set_ylabel("dev accuracy (%), last epoch\nmean ± standard deviation")
+        draw_methods(axes, points)
+    first_axes, _ = panels[0]
+    first_axes.set_ylabel("dev accuracy (%), last epoch\nmean ± standard deviation")
+
+
+def draw_methods(axes, points):
+    """Points, their names, and the head alone as a band across."""
+    low = min(mean - deviation for _, mean, deviation in points.values())
+    high = max(mean + deviation for _, mean, deviation in points.values())
+    axes.set_ylim(low - (high - low) * 0.1, high + (high - low) * 0.15)
+    _, middle, apart = points.pop("head only")
+    axes.axhspan(middle - apart, middle + apart, color=PALE, alpha=0.6, linewidth=0)
+    axes.axhline(middle, color=GREY, linestyle="--", linewidth=1)
+    for arm, (trained, mean, deviation) in points.items():
+        colour, marker = LOOKS[arm]
+        axes.errorbar(trained, mean, deviation, color=colour, marker=marker, capsize=3,
+                      markersize=7, zorder=3)
+    gap = (high - low) * 0.11  # a line of text
+    axes.text(8e7, middle, "head only: 0 parameters", ha="right", va="bottom", color=GREY)
+    # The methods that train little stand close together: their names in a column on the left
+    left = [arm for arm in points if points[arm][0] < 1e5]
+    left.sort(key=lambda arm: points[arm][1])
+    heights = pushed_apart([points[arm][1] for arm in left], gap)
+    for arm, height in zip(left, heights):
+        axes.annotate(LABELS[arm], points[arm][:2], (450, height), va="center", zorder=4,
+                      weight="bold" if arm == AFLORA else "normal", bbox=WHITE,
+                      arrowprops={"arrowstyle": "-", "color": LOOKS[arm][0], "linewidth": 0.7})
+    for arm, x, side in (("lora r=8", points["lora r=8"][0], "center"), ("full", 8e7, "right")):
+        axes.text(x, sum(points[arm][1:]) + gap * 0.2, LABELS[arm], ha=side, va="bottom",
+                  bbox=WHITE, zorder=4)
+
+
+def pushed_apart(heights, gap):
+    """Ascending heights, moved as little as needed for a gap between neighbours."""
+    heights = list(heights)
+    for _, i in itertools.product(range(99), range(len(heights) - 1)):
+        push = max(0, gap - (heights[i + 1] - heights[i])) / 2
+        heights[i] -= push
+        heights[i + 1] += push
+    return heights
 
 
 def rules():
     """Two rules at work on the scores of one run in which nothing froze; r(t) is AFLoRA's."""
-    panels = panels_for(["never frozen", AFLORA], [0], sharey=True)[1]
+    _, panels = panels_for(["never frozen", AFLORA], [0], sharey=True)
     for axes, task in panels:
-        (run,), (plan,) = cells_of(task, "never frozen", [0]), cells_of(task, AFLORA, [0])
-        record, (first, last, total) = run["record"], steps_of(plan)
-        planned = [freezing_fraction(t, total, first, total - last) for t in range(total + 1)]
-        assert [planned[t] for t in record["step"]] == record["scheduled"]
-        axes.plot([100 * r for r in planned], color=ORANGE, linewidth=1.6, label="scheduled, r(t)")
+        run, = cells_of(task, "never frozen", [0])
+        plan, = cells_of(task, AFLORA, [0])
+        record = run["record"]
+        planned = scheduled(plan)
+        for step, share in zip(record["step"], record["scheduled"]):
+            assert math.isclose(planned[step], 100 * share, abs_tol=1e-9)
+        axes.plot(planned, color=ORANGE, linewidth=1.6, label="scheduled, r(t)")
         for key, color, line, label in (("paper", BLUE, "-", "realised, paper's rule"),
                                         ("authors", RED, "--", "realised, authors' rule")):
             axes.step([0, *record["step"]], [0, *(100 * share for share in record[key])], line,
                       where="post", color=color, linewidth=1.6, label=label)
         done = record["step"][record["authors"].index(1)]
-        axes.annotate(f"all frozen at step {done},\nscheduled: {100 * planned[done]:.0f} %",
+        axes.annotate(f"all frozen at step {done},\nscheduled: {planned[done]:.0f} %",
                       (done, 100), (done * 1.1, 62), color=RED,
-                      arrowprops=dict(arrowstyle="->", color=RED))
-        axes.set(title=title(run, ", seed 0"), xlabel="optimizer step", xlim=(0, total))
-    panels[0][0].set_ylabel("share of A and B that is frozen (%)")
-    panels[-1][0].legend(loc="lower right")
+                      arrowprops={"arrowstyle": "->", "color": RED})
+        axes.set(title=title(run, ", seed 0"), xlabel="optimizer step", xlim=(0, plan["steps"]))
+    first_axes, _ = panels[0]
+    first_axes.set_ylabel("share of A and B that is frozen (%)")
+    last_axes, _ = panels[-1]
+    last_axes.legend(loc="lower right")
 
 
-# ---------------------------------------------------------------------------------------- the layer
+# --------------------------------------------------------------------------------------- the layer
+WAYS = {  # how a part looks that
+    "trained": {"facecolor": BLUE, "edgecolor": BLUE},
+    "rests": {"facecolor": PALE, "edgecolor": BLUE, "linestyle": "--", "linewidth": 1.3},
+    "random": {"facecolor": "white", "edgecolor": GREY, "hatch": "//////"},
+    "given": {"facecolor": "#BDBDBD", "edgecolor": GREY},
+}
+WORDS = {"trained": "trains", "rests": "frozen, as learned by then",
+         "random": "frozen at its random start", "given": "frozen, pre-trained"}
+
+
 def layer():
     """One linear layer, 768 -> 3072 (the FFN's first of BERT-base), x at the bottom; no results."""
-    ways = dict(trained=dict(facecolor=BLUE, edgecolor=BLUE),
-                rests=dict(facecolor=PALE, edgecolor=BLUE, linestyle="--", linewidth=1.3),
-                random=dict(facecolor="white", edgecolor=GREY, hatch="//////"),
-                given=dict(facecolor="#BDBDBD", edgecolor=GREY))
-    drawn = (("LoRA", 8, "trained", None), ("ELoRA", 1024, "random", "trained"),
-             ("AFLoRA, at first", 4, "trained", "trained"),
-             ("AFLoRA, frozen", 4, "rests", "trained"))
     figure, axes = plt.subplots(figsize=(8.4, 4.4))
     axes.axis("off")
     axes.set(xlim=(-0.1, 44.7), ylim=(-3, 11.9))
-
-    def part(x, y, height, below, above, way, word, note):
-        """A matrix or vector: as wide below as what comes in, above as what goes out."""
-        corners = ((-below, 0), (below, 0), (above, height), (-above, height))
-        axes.add_patch(Polygon([(x + w / 2, y + up) for w, up in corners], **ways[way]))
-        axes.text(x, y + 0.95, word, ha="center", va="center", fontsize=11, weight="bold",
-                  color="white" if way == "trained" else "black",
-                  bbox=dict(facecolor="white", pad=1.5, linewidth=0) if way == "random" else None)
-        axes.text(x + 2.05, y + height / 2, note, va="center", fontsize=8.5)
-
-    for i, (name, r, matrices, vectors) in enumerate(drawn):
-        x = 11.5 * i
-        path, thin = x + 4.6, {8: 0.9, 1024: 2.9, 4: 0.5}[r]  # widths are not to scale
-        for at, low, high in ((x + 1.15, 1, 2.2), (x + 1.15, 8.2, 9.6), (path, 1, 2.2),
-                              (path, 2.2, 9.6)):
-            axes.add_patch(FancyArrowPatch((at, low), (at, high), arrowstyle="-|>", color="black",
-                                           mutation_scale=10, shrinkA=0, shrinkB=0, zorder=0))
-        axes.add_patch(Rectangle((x, 2.2), 2.3, 6, **ways["given"]))
-        axes.text(x + 1.15, 5.2, "$W_0$\n\n3072\n× 768", ha="center", va="center")
-        part(path, 2.2, 2, 2.2, thin, matrices, "A", f"{r} × 768")
-        part(path, 5.3, 2, thin, 3.7, matrices, "B", f"3072 × {r}")
-        if vectors:
-            part(path, 4.5, 0.5, thin, thin, vectors, "", f"$s_d$: {r}")
-            part(path, 7.6, 0.6, 3.7, 3.7, vectors, "", "$s_b$: 3072")
-        for y, word in ((0.1, "x: 768"), (9.6, "y: 3072, the sum")):
-            axes.add_patch(Rectangle((x, y), 6.45, 0.9, facecolor="white", edgecolor="black"))
-            axes.text(x + 3.2, y + 0.4, word, ha="center", va="center")
-        values, extra = r * (768 + 3072), r + 3072 if vectors else 0
-        trained = extra + values * (matrices == "trained")
-        axes.text(x, 11.2, name, fontsize=11, weight="bold")
-        axes.text(x, -1.1, f"trains {trained:,}", fontsize=11, weight="bold", color=BLUE)
-        axes.text(x, -2.8, f"{values + extra:,}\nmultiplications a token", linespacing=1.4)
-    words = dict(trained="trains", rests="frozen, as learned by then",
-                 random="frozen at its random start", given="frozen, pre-trained")
-    figure.legend([Rectangle((0, 0), 1, 1, **ways[way]) for way in words], words.values(),
+    draw_layer(axes, 0, "LoRA", 8, "trained", None)
+    draw_layer(axes, 11.5, "ELoRA", 1024, "random", "trained")
+    draw_layer(axes, 23, "AFLoRA, at first", 4, "trained", "trained")
+    draw_layer(axes, 34.5, "AFLoRA, frozen", 4, "rests", "trained")
+    figure.legend([Rectangle((0, 0), 1, 1, **WAYS[way]) for way in WORDS], WORDS.values(),
                   loc="outside lower center", ncols=4, handlelength=1.8)
+
+
+def draw_layer(axes, x, name, r, matrices, vectors):
+    """One method at x. matrices, vectors: in which of WAYS A and B, s_d and s_b are drawn."""
+    path = x + 4.6
+    thin = {8: 0.9, 1024: 2.9, 4: 0.5}[r]  # widths are not to scale
+    for at, low, high in ((x + 1.15, 1, 2.2), (x + 1.15, 8.2, 9.6), (path, 1, 2.2),
+                          (path, 2.2, 9.6)):
+        axes.add_patch(FancyArrowPatch((at, low), (at, high), arrowstyle="-|>", color="black",
+                                       mutation_scale=10, shrinkA=0, shrinkB=0, zorder=0))
+    axes.add_patch(Rectangle((x, 2.2), 2.3, 6, **WAYS["given"]))
+    axes.text(x + 1.15, 5.2, "$W_0$\n\n3072\n× 768", ha="center", va="center")
+    draw_part(axes, (path, 2.2), 2, (2.2, thin), matrices, "A", f"{r} × 768")
+    draw_part(axes, (path, 5.3), 2, (thin, 3.7), matrices, "B", f"3072 × {r}")
+    if vectors:
+        draw_part(axes, (path, 4.5), 0.5, (thin, thin), vectors, "", f"$s_d$: {r}")
+        draw_part(axes, (path, 7.6), 0.6, (3.7, 3.7), vectors, "", "$s_b$: 3072")
+    for y, word in ((0.1, "x: 768"), (9.6, "y: 3072, the sum")):
+        axes.add_patch(Rectangle((x, y), 6.45, 0.9, facecolor="white", edgecolor="black"))
+        axes.text(x + 3.2, y + 0.4, word, ha="center", va="center")
+    in_matrices = r * (768 + 3072)
+    in_vectors = r + 3072 if vectors else 0
+    trained = in_vectors + (in_matrices if matrices == "trained" else 0)
+    axes.text(x, 11.2, name, fontsize=11, weight="bold")
+    axes.text(x, -1.1, f"trains {trained:,}", fontsize=11, weight="bold", color=BLUE)
+    axes.text(x, -2.8, f"{in_matrices + in_vectors:,}\nmultiplications a token", linespacing=1.4)
+
+
+def draw_part(axes, place, height, widths, way, word, note):
+    """A matrix or vector: as wide below as what comes in, above as what goes out."""
+    x, y = place
+    below, above = widths
+    corners = ((-below, 0), (below, 0), (above, height), (-above, height))
+    axes.add_patch(Polygon([(x + w / 2, y + up) for w, up in corners], **WAYS[way]))
+    behind = {"facecolor": "white", "pad": 1.5, "linewidth": 0}
+    axes.text(x, y + 0.95, word, ha="center", va="center", fontsize=11, weight="bold",
+              color="white" if way == "trained" else "black",
+              bbox=behind if way == "random" else None)
+    axes.text(x + 2.05, y + height / 2, note, va="center", fontsize=8.5)
 
 
 PICTURES = (freeze_map, schedule, scores, accuracy, rules, layer)
@@ -289,7 +363,8 @@ def main():
     parser.add_argument("--format", default="svg", choices=("svg", "png"))
     parser.add_argument("--preset", choices=("quick", "full"), help="default: full, if there")
     args = parser.parse_args()
-    if unknown := set(args.names) - set(names):
+    unknown = set(args.names) - set(names)
+    if unknown:
         parser.error(f"no picture {', '.join(unknown)}; there are: {', '.join(names)}")
     choose_preset(args.preset)
     plt.rcParams.update(STYLE)
