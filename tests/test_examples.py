@@ -69,12 +69,20 @@ def start_processes(folder, count, *flags):
         stderr=subprocess.PIPE)
 
 
-def run_alone(folder, *flags):
-    """The finished process of examples/distributed.py without torchrun, on the tiny BERT."""
-    command = [sys.executable, str(EXAMPLES / "distributed.py"), *tiny_task(folder), *flags]
-    return subprocess.run(
-        command, cwd=folder, env=environment(folder), encoding="utf-8", capture_output=True,
-        timeout=200)
+def run_alone(folder, *runs):
+    """The finished processes of examples/distributed.py without torchrun, started all at once.
+
+    runs: a list of flags for each. Each process gets an `errors` attribute, what it wrote to stderr.
+    """
+    processes = []
+    for flags in runs:
+        command = [sys.executable, str(EXAMPLES / "distributed.py"), *tiny_task(folder), *flags]
+        processes.append(subprocess.Popen(
+            command, cwd=folder, env=environment(folder), encoding="utf-8",
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    for process in processes:
+        _, process.errors = process.communicate(timeout=200)
+    return processes
 
 
 def test_two_processes_train_as_one(folder):
@@ -165,32 +173,33 @@ def test_a_process_that_dies_ends_the_run(folder):
         process.kill()
 
 
-@pytest.mark.parametrize("flag", ["--limit", "--epochs", "--batch-size", "--lr", "--head-lr"])
-def test_a_flag_of_zero_is_refused_as_by_the_companion(folder, capsys, flag):
+def test_a_flag_of_zero_is_refused_as_by_the_companion(folder, capsys):
     """Zero is not taken for "not given": both scripts end with one and the same error."""
-    assert glue.main([*tiny_task(folder), "--out", str(folder / "out"), flag, "0"]) == 2
-    expected = capsys.readouterr().err
-    assert expected.startswith("error: ")
-    done = run_alone(folder, "--out", "out", flag, "0")
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == expected.strip()  # a warning may stand before it
+    flags = ["--limit", "--epochs", "--batch-size", "--lr", "--head-lr"]
+    runs = run_alone(folder, *(["--out", "out", flag, "0"] for flag in flags))
+    for flag, done in zip(flags, runs):
+        assert glue.main([*tiny_task(folder), "--out", str(folder / "out"), flag, "0"]) == 2
+        expected = capsys.readouterr().err
+        assert expected.startswith("error: ")
+        assert done.returncode == 2
+        assert "Traceback" not in done.errors
+        assert done.errors.splitlines()[-1] == expected.strip()  # a warning may stand before it
     assert not (folder / "out").exists()
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--task", "both"], "choose sst2 or mrpc"),
-    (["--checkpoint-every", "10"], "writes no checkpoints"),
-    (["--seed", "-1"], "--seed"),
-    (["--data", "none"], "SST-2/train.tsv is missing"),
-])
-def test_flags_that_do_nothing_are_refused(folder, flags, message):
+def test_flags_that_do_nothing_are_refused(folder):
     """What the companion can and this script cannot is said, as is a wrong value; no traceback."""
-    done = run_alone(folder, *flags)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert message in done.stderr
+    messages = {
+        ("--task", "both"): "choose sst2 or mrpc",
+        ("--checkpoint-every", "10"): "writes no checkpoints",
+        ("--seed", "-1"): "--seed",
+        ("--data", "none"): "SST-2/train.tsv is missing",
+    }
+    for done, message in zip(run_alone(folder, *messages), messages.values()):
+        assert done.returncode == 2
+        assert done.errors.startswith("error: ")
+        assert done.errors.count("\n") == 1
+        assert message in done.errors
 
 
 def test_a_bert_with_few_positions(folder):
@@ -205,8 +214,8 @@ def test_a_bert_with_few_positions(folder):
     assert longest + 2 > 8  # [CLS] and [SEP]
     flags = ["--epochs", "2", "--batch-size", "8"]
     assert glue.main([*tiny_task(folder), *flags, "--out", str(folder / "companion")]) == 0
-    done = run_alone(folder, *flags, "--out", "alone")
-    assert done.returncode == 0, done.stderr
+    done, = run_alone(folder, [*flags, "--out", "alone"])
+    assert done.returncode == 0, done.errors
 
     expected = json.loads((folder / "companion/result.json").read_text())
     result = json.loads((folder / "alone/result.json").read_text())
