@@ -387,8 +387,8 @@ class Training:
         if not all(0 < value < math.inf for value in (lr, head_lr, clip)):
             raise AFLoRAError("lr, head_lr and clip have to be above 0, and finite")
         if precision not in COMPUTE_TYPES or not 0 <= warmup < 1 or not weight_decay >= 0:
-            raise AFLoRAError("precision is fp32, bf16 or fp16, warmup a share below 1, weight_decay "
-                              "at least 0")
+            raise AFLoRAError("precision is fp32, bf16 or fp16; warmup a share below 1; "
+                              "weight_decay not negative")
         if freezer and (freezer.total_steps != total_steps or freezer.step > 0):
             raise AFLoRAError(f"a run of {total_steps} optimizer steps, epochs * ceil(batches / "
                               "accumulate), needs a freezer that plans as many, and is new")

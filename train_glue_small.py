@@ -364,8 +364,10 @@ def prepare(name, args, task, device, precision):
     order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(args.seed))
     train = Examples([task.train[i] for i in order[:recipe["limit"]]], tokenizer, longest)
     dev = Examples(task.dev, tokenizer, longest)
-    checksums = dict(weights=checksum(model.encoder.state_dict().values()),
-                     texts=checksum([train.ids, train.labels, dev.ids, dev.labels]))
+    checksums = dict(
+        weights=checksum(model.encoder.state_dict().values()),
+        texts=checksum([train.ids, train.labels, dev.ids, dev.labels]),
+    )
 
     plain = predict(model, dev, precision)
     if args.method != "full":
@@ -540,8 +542,13 @@ def run_task(name, task, args, device, precision):
     preset, recipe = choose_recipe(name, args, device)
     rows = len(task.train)
     print(f"\n{task.title}: {rows} rows to train on, {len(task.dev)} dev, {task.source}")
-    unused = {"aflora": (), "lora": ("t_i", "t_f"), "elora": ("t_i", "t_f")}
-    unused = unused.get(args.method, ("t_i", "t_f", "rank"))
+    unused = {
+        "aflora": (),
+        "lora": ("t_i", "t_f"),
+        "elora": ("t_i", "t_f"),
+        "full": ("t_i", "t_f", "rank"),
+        "head": ("t_i", "t_f", "rank"),
+    }[args.method]
     used = [f"{key} {value}" for key, value in recipe.items() if key not in unused]
     print(f"{args.method}, {preset}:", ", ".join(used))
     out = Path(args.out or "runs")
@@ -622,8 +629,12 @@ def print_result(run, result):
     e = run.experiment
     best = dict(accuracy=result["best_accuracy"], f1=result["best_f1"])
     print(REPORT.format(
-        **result, title=e.task.title, last=SCORES[e.name].format(**result),
-        best=SCORES[e.name].format(**best), mebibytes=result["peak_memory_bytes"] / 2**20))
+        title=e.task.title,
+        last=SCORES[e.name].format(**result),
+        best=SCORES[e.name].format(**best),
+        mebibytes=result["peak_memory_bytes"] / 2**20,
+        **result,
+    ))
     if e.freezer:
         picture = freeze_map(e.model, e.freezer.frozen_at, *e.ramp)
         aflora.write_file(run.out / "freeze_map.txt", picture.encode())

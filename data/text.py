@@ -49,7 +49,8 @@ def load_task(name, folder=None):
         rows = read_table(path, ["sentence", "label"], label=1)
         parts.append([(text, None, int(label)) for text, label in rows])
     source = str(paths[0].parent)
-    return types.SimpleNamespace(title="SST-2", source=source, train=parts[0], dev=parts[1])
+    train, dev = parts
+    return types.SimpleNamespace(title="SST-2", source=source, train=train, dev=dev)
 
 
 def load_snippets(path):
@@ -98,7 +99,8 @@ class WordPieceTokenizer:
         for token in self.SPECIAL:
             if token not in self.vocab:
                 raise AFLoRAError(f"{vocab_path} lacks {token}: not a BERT vocabulary")
-        self.pieces = functools.lru_cache(maxsize=100_000)(self.pieces)  # most words come again
+        remember = functools.lru_cache(maxsize=100_000)  # most words come again
+        self.pieces = remember(self.pieces)
 
     def words(self, text):
         """Splits at white space, punctuation and Chinese characters; drops what has no shape."""
@@ -123,7 +125,9 @@ class WordPieceTokenizer:
                 end = len(word)
             else:
                 end -= 1
-        return ids if ids and start == len(word) else [self.vocab["[UNK]"]]
+        if not ids or start < len(word):
+            return [self.vocab["[UNK]"]]
+        return ids
 
     def tokens(self, text):
         """The ids of a text, of any length; special tokens written in it are taken as such."""

@@ -72,7 +72,7 @@ def start_processes(folder, count, *flags):
 def run_alone(folder, *runs):
     """The finished processes of examples/distributed.py without torchrun, started all at once.
 
-    runs: a list of flags for each. Each process gets an `errors` attribute, what it wrote to stderr.
+    runs: a list of flags for each. A process gets an attribute `errors`, what it wrote to stderr.
     """
     processes = []
     for flags in runs:
