@@ -722,8 +722,8 @@ def expect_equal(there, here):
 def whole(name, value, least=0, most=math.inf):
     """`value` as an int. NumPy's whole numbers and floats like 3.0 are taken, others refused."""
     if not isinstance(value, numbers.Real) or value % 1 != 0 or not least <= value <= most:
-        raise AFLoRAError(f"{name} is {value!r}: give a whole number, at least {least} and at most "
-                          f"{most}")
+        upper = f", at most {most}" if most < math.inf else ""
+        raise AFLoRAError(f"{name} is {value!r}: give a whole number, at least {least}{upper}")
     return int(value)
 
 
