@@ -17,7 +17,9 @@ RENAMED = {  # names in Hugging Face's checkpoints -> names here; the first two 
     ".dense": "", "attention.output.LayerNorm": "attention_norm",
     "attention.output": "attention_output", "output.LayerNorm": "output_norm"}
 SUPPORTED = dict(model_type="bert", hidden_act="gelu", position_embedding_type="absolute")
-KINDS = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
+KINDS = dict(
+    F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
+    I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
 
 
 def read_config(folder):
