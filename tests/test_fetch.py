@@ -20,11 +20,11 @@ from pathlib import Path
 import pytest
 
 from aflora import AFLoRAError
+from conftest import DOWNLOAD
 from data import fetch as sources
 from data.fetch import Source, fetch, model_folder
 
 ROOT = Path(sources.__file__).resolve().parent.parent
-DOWNLOAD = sources.download  # the real one
 CLOSED = "http://127.0.0.1:9"  # nobody answers there
 
 
@@ -38,18 +38,9 @@ CONTEND = sha256(b"contend")
 
 
 @pytest.fixture(autouse=True)
-def offline(tmp_path, monkeypatch):
-    """Keeps the user's cache and the network out of the tests."""
-    def download(address):
-        if "127.0.0.1" not in address:
-            raise OSError("no network in a test")
-        return DOWNLOAD(address)
-
-    DOWNLOAD.cache_clear()  # another test's server may have had the same port
-    monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(sources, "UNREACHABLE", {})
-    monkeypatch.setattr(sources, "download", download)
-    monkeypatch.setenv("no_proxy", "*")  # the tests' own servers are here
+def ask_anew():
+    """Another test's server may have had the same port: what it gave is forgotten."""
+    DOWNLOAD.cache_clear()
 
 
 def kept():
