@@ -23,6 +23,7 @@ VeRA, Kopiczko et al. (2310.11454); PLATON, whose score this is, Zhang et al. (2
 
 import contextlib, hashlib, itertools, json, math, numbers
 import os, pathlib, re, secrets, warnings, zipfile
+from collections import Counter
 from fractions import Fraction
 
 import numpy as np
@@ -30,13 +31,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_, get_total_norm
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 COMPUTE_TYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 ADAPTER_FORMAT = "aflora adapter 2"
 CHECKPOINT_FORMAT = "aflora checkpoint 2"
 LOG_EVERY = 10  # steps, since reading the loss waits for the device
+MOST_GRAPHS = 64  # shapes that are recorded; further ones run as they are
 
 
 class AFLoRAError(ValueError):
@@ -155,6 +158,10 @@ def check_places(modules, names, saved):
     """Raises AFLoRAError where nothing would train, or an adapter would be bypassed."""
     if not names and not saved:
         raise AFLoRAError("neither targets nor modules_to_save: nothing would train")
+    for module in modules.values():
+        if isinstance(module, WRAPPERS) or hasattr(module, "_orig_mod"):
+            raise AFLoRAError("add adapters to the plain model, then wrap it: before torch.compile "
+                              "or DataParallel")
     for name in names:
         parent = modules[name.rpartition(".")[0]]
         if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
@@ -263,10 +270,9 @@ class AdaptiveFreezer:
             raise AFLoRAError("no A or B is trainable: nothing to freeze, leave the freezer out")
         if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
             raise AFLoRAError("beta1 and beta2 have to lie from 0 to below 1")
-        # Running scores of the live matrices, end to end in one tensor: few kernels
-        self.Ibar = torch.cat([torch.zeros_like(p).flatten() for p in self.matrices.values()])
-        self.Ubar = self.Ibar.clone()
-        sensitivity(self.Ibar, self.Ubar, kind)  # refuses an unknown kind
+        self.Ibar = {name: torch.zeros_like(p) for name, p in self.live.items()}
+        self.Ubar = dict(self.Ibar)
+        sensitivity(torch.zeros(1), torch.zeros(1), kind)  # refuses an unknown kind
         self.scheduled()  # and a schedule that does not fit
         ramp = self.total_steps - self.t_i - self.t_f
         if ramp < 10 * self.interval:
@@ -277,9 +283,14 @@ class AdaptiveFreezer:
         """r(t) after the steps so far, an exact Fraction."""
         return freezing_fraction(self.step, self.total_steps, self.t_i, self.t_f)
 
+    def flat(self, tensors):
+        """Those of {name: tensor} that are live, end to end in one: few kernels for all matrices."""
+        return torch.cat([tensors[name].detach().flatten() for name in self.live])
+
     def split(self, flat):
-        """{name: its part of a flat tensor}, for the live matrices."""
-        return dict(zip(self.live, flat.split([p.numel() for p in self.live.values()])))
+        """The reverse of flat()."""
+        parts = flat.split([p.numel() for p in self.live.values()])
+        return {name: part.view_as(self.live[name]) for name, part in zip(self.live, parts)}
 
     @torch.no_grad()
     def update(self, found_inf=None):
@@ -295,30 +306,31 @@ class AdaptiveFreezer:
             if p.grad is None or p.dtype.itemsize < 4:
                 raise AFLoRAError(f"{name} needs a gradient, from backward(), in float32: cast a "
                                   "model before add_adapters(), not after it")
-        weight = torch.cat([p.flatten() for p in self.live.values()])
-        grad = torch.cat([p.grad.flatten() for p in self.live.values()])
+        weight = self.flat(self.live)
+        grad = self.flat({name: p.grad for name, p in self.live.items()})
         if found_inf is None:
             found_inf = ~grad.isfinite().all()
         # (2)  I(t) = |w * grad L|, or as `kind` says
         I = sensitivity(weight, grad, self.kind)
-        old_Ibar = self.Ibar.to(I)  # the model may have moved to another device
-        old_Ubar = self.Ubar.to(I)
+        old_Ibar = self.flat(self.Ibar).to(I)  # the model may have moved to another device
+        old_Ubar = self.flat(self.Ubar).to(I)
         # (3)  Ibar(t) = b1 Ibar(t-1) + (1 - b1) I(t),    Ibar(0) = 0
         Ibar = self.beta1 * old_Ibar + (1 - self.beta1) * I
         # (4)  Ubar(t) = b2 Ubar(t-1) + (1 - b2) U(t),    U(t) = |I(t) - Ibar(t)|,  Ubar(0) = 0
         U = (I - Ibar).abs()
         Ubar = self.beta2 * old_Ubar + (1 - self.beta2) * U
         # An overflowed step leaves both alone: an average would never forget an inf
-        self.Ibar = torch.where(found_inf, old_Ibar, Ibar)
-        self.Ubar = torch.where(found_inf, old_Ubar, Ubar)
+        self.Ibar = self.split(torch.where(found_inf, old_Ibar, Ibar))
+        self.Ubar = self.split(torch.where(found_inf, old_Ubar, Ubar))
 
     def scores(self):
         """Equation (5) for every live matrix, {name: float}. One transfer from the device."""
         # (5)  s(t) = mean(Ibar(t) * Ubar(t)). Ibar says how much the loss depends on an element,
         #      Ubar how much that still changes: first freezes what is unimportant and settled.
-        products = self.split(self.Ibar * self.Ubar)
-        means = [product.mean() for product in products.values()]
-        return dict(zip(products, torch.stack(means).tolist())) if means else {}
+        if not self.live:
+            return {}
+        means = [(self.Ibar[name] * self.Ubar[name]).mean() for name in self.live]
+        return dict(zip(self.live, torch.stack(means).tolist()))
 
     def due(self):
         """How many are to freeze now: floor(r(t) n) at a look, less those that are frozen."""
@@ -331,9 +343,9 @@ class AdaptiveFreezer:
         due = self.due()
         if due <= 0:
             return []
+        self.check_optimizer(optimizer)
         scores = self.scores()
         names = sorted(scores, key=scores.get)[:due]  # of equal scores the first in the model
-        parts = [self.split(self.Ibar), self.split(self.Ubar)]
         for name in names:
             matrix = self.live.pop(name)
             # Frozen for good. It keeps its place in param_groups, so that a checkpoint still fits
@@ -341,10 +353,21 @@ class AdaptiveFreezer:
             matrix.grad = None  # AdamW passes it by; at a gradient of 0 momentum and decay move it
             optimizer.state.pop(matrix, None)  # its moments are not needed any more
             self.frozen_at[name] = self.step
-        # What still trains keeps its running scores; the empty part is for when nothing does
-        self.Ibar, self.Ubar = (
-            torch.cat([self.Ibar[:0], *(part[name] for name in self.live)]) for part in parts)
         return names
+
+    def check_optimizer(self, optimizer):
+        """Raises AFLoRAError where a matrix never moved, or would move when it is frozen."""
+        if self.step == 0 or isinstance(optimizer, torch.optim.LBFGS):
+            raise AFLoRAError("call update() at each step before freeze(), and use an optimizer "
+                              "that moves each parameter by its own gradient, not L-BFGS")
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        for name, matrix in self.live.items():
+            if matrix not in held:
+                raise AFLoRAError(f"the optimizer lacks {name}: make it after add_adapters()")
+        first = next(iter(self.live.values()))
+        if not self.frozen_at and optimizer.state.get(first, {}).get("step", 0) > self.step:
+            raise AFLoRAError("the optimizer has made more steps than update() has seen: call it "
+                              "at each, and at resume load the freezer's state, too")
 
     def average_trainable(self):
         """Trainable adapter parameters (without a head), averaged over the steps so far. Exact."""
@@ -379,11 +402,13 @@ class Training:
     clip: the largest norm of all gradients together.
     warmup: share of the steps in which the rates rise; then they fall linearly to 0.
     weight_decay: of matrices; vectors and biases have none.
+    graphs: on CUDA, record the kernels of each shape of batch, see GraphRecorder.
     """
 
     def __init__(self, model, loss, *, total_steps, lr, head_lr=None, freezer=None,
-                 precision="fp32", clip=1.0, warmup=0.06, weight_decay=0.0):
+                 precision="fp32", clip=1.0, warmup=0.06, weight_decay=0.0, graphs=False):
         head_lr = lr if head_lr is None else head_lr
+        total_steps = whole("total_steps", total_steps, 1)
         if not all(0 < value < math.inf for value in (lr, head_lr, clip)):
             raise AFLoRAError("lr, head_lr and clip have to be above 0, and finite")
         if precision not in COMPUTE_TYPES or not 0 <= warmup < 1 or not weight_decay >= 0:
@@ -395,40 +420,45 @@ class Training:
         self.model = model
         self.loss = loss
         self.freezer = freezer
-        self.plan = dict(  # has to be equal on resume
-            total_steps=total_steps, lr=lr, head_lr=head_lr, precision=precision, clip=clip,
-            warmup=warmup, weight_decay=weight_decay, freezer=freezer is not None,
-            **getattr(model, "adapter_config", {}))
+        self.total_steps = total_steps
+        self.steps_per_epoch = total_steps  # train() sets it: it has epochs
+        self.clip = clip
+        self.warmup = warmup
+        self.precision = precision
         self.device = next(model.parameters()).device
         dtype = COMPUTE_TYPES[precision]
         self.autocast = torch.autocast(self.device.type, dtype, enabled=precision != "fp32")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         groups = parameter_groups(model, lr, head_lr, weight_decay)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
-        self.parts = [part for part in (freezer, self.optimizer, self.scaler) if part]
+        self.recorder = GraphRecorder(self.forward_backward) if graphs else None
         self.learned = learned_names(model)
         self.steps = 0
         self.line = dict(step=0)  # of the log: the last report()
-        self.history = []  # the line of each epoch's end
-        self.epoch_start = None  # the random state then
+        self.epoch_start = random_state()  # the random state at the start of this epoch
         # The epoch's losses, and the run's skipped steps. On the device: reading them waits for it
         self.sums = torch.zeros(2, device=self.device)
+        self.plan = dict(  # has to be equal on resume
+            total_steps=total_steps, lr=float(lr), head_lr=float(head_lr), precision=precision,
+            clip=float(clip), warmup=float(warmup), weight_decay=float(weight_decay),
+            freezer=freezer is not None, **getattr(model, "adapter_config", {}))
 
     def rate(self):
         """The share of the peak rates for the next step: the lower of two lines, never 0."""
-        warmup = self.plan["warmup"]
-        total_steps = self.plan["total_steps"]
-        rising = (self.steps + 1) / (warmup * total_steps + 1)
-        falling = (1 - self.steps / total_steps) / (1 - warmup)
+        rising = (self.steps + 1) / (self.warmup * self.total_steps + 1)
+        falling = (1 - self.steps / self.total_steps) / (1 - self.warmup)
         return min(rising, falling)
 
     def step(self, micro_batches):
         """One optimizer step from a list of micro-batches. Returns the names of what it froze."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * self.rate()
+        forward_backward = self.recorder or self.forward_backward
         for batch in micro_batches:  # their gradients add up to those of one big batch
-            self.forward_backward(batch, len(micro_batches))
+            forward_backward(to_device(batch, self.device), len(micro_batches))
         trained = [p for p in self.model.parameters() if p.grad is not None]
+        if self.steps == 0:
+            check_gradients(self.model)
         self.average_gradients(trained)
         # The score reads true gradients: still scaled, they would grow and shrink with the scaler;
         # clipped, by a factor that depends on all the other parameters' gradients.
@@ -436,11 +466,13 @@ class Training:
         found_inf = ~get_total_norm([p.grad for p in trained], math.inf).isfinite()
         if self.freezer:
             self.freezer.update(found_inf)
-        clip_grad_norm_(trained, self.plan["clip"])
+        clip_grad_norm_(trained, self.clip)
         self.scaler.step(self.optimizer)  # fp16: skips an overflowed step, which still counts
         self.scaler.update()
         frozen = self.freezer.freeze(self.optimizer) if self.freezer else []
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.recorder and frozen:
+            self.recorder.forget()
+        self.optimizer.zero_grad(set_to_none=not self.recorder)
         self.sums[1] += found_inf
         self.steps += 1
         return frozen
@@ -448,7 +480,7 @@ class Training:
     def forward_backward(self, batch, count):
         """Adds the gradients of one of `count` micro-batches to those that are there."""
         with self.autocast:
-            loss = self.loss(self.model, to_device(batch, self.device)) / count
+            loss = self.loss(self.model, batch) / count
         self.scaler.scale(loss).backward()
         self.sums[0] += loss.detach()
 
@@ -458,17 +490,18 @@ class Training:
     def read_sums(self):
         """(sum of this epoch's losses, skipped steps). Waits; AFLoRAError if one was not finite."""
         losses, skipped = self.sums.tolist()
-        if not math.isfinite(losses) or (skipped and self.plan["precision"] != "fp16"):
+        if not math.isfinite(losses) or (skipped and self.precision != "fp16"):
             raise AFLoRAError(
                 f"a loss or gradient was not finite in steps {self.line['step'] + 1} to "
                 f"{self.steps}, learning rate {self.optimizer.param_groups[0]['lr']:.1e}: lower lr")
         return losses, int(skipped)
 
-    def report(self, steps_in_epoch):
+    def report(self):
         """Makes self.line, what a log says of the last steps. Waits for the device."""
         losses, skipped = self.read_sums()
-        self.line = dict(epoch=len(self.history) + 1, step=self.steps, skipped=skipped,
-                         lr=self.optimizer.param_groups[0]["lr"], loss=losses / steps_in_epoch)
+        epoch, done = divmod(self.steps - 1, self.steps_per_epoch)
+        self.line = dict(epoch=epoch + 1, step=self.steps, skipped=skipped,
+                         lr=self.optimizer.param_groups[0]["lr"], loss=losses / (done + 1))
         if self.freezer:
             self.line["scheduled"] = float(self.freezer.scheduled())
             self.line["frozen"] = len(self.freezer.frozen_at) / len(self.freezer.matrices)
@@ -476,6 +509,8 @@ class Training:
 
 def parameter_groups(model, lr, head_lr, weight_decay):
     """For AdamW: modules_to_save have a rate of their own, vectors and biases have no decay."""
+    if adapters_of(model):
+        check_same_model(model)
     saved = getattr(model, "adapter_config", {}).get("modules_to_save", ())
     head = {p for name in saved for p in model.get_submodule(name).parameters()}
     groups = {}
@@ -490,72 +525,139 @@ def parameter_groups(model, lr, head_lr, weight_decay):
     return list(groups.values())
 
 
-def train(model, batches, loss, *, epochs, accumulate=1, evaluate=None, after_step=None,
-          resume=None, **settings):
+def check_same_model(model):
+    """Raises AFLoRAError if add_adapters() was given another model: a part of it, or its inside."""
+    if "adapter_config" not in vars(model):
+        raise AFLoRAError("add_adapters() was not called on this very model: call it on the whole "
+                          "one, before torch.compile or DataParallel, and pass that here")
+
+
+def check_gradients(model):
+    """Raises AFLoRAError where the first step gave an adapter no gradient."""
+    for name, layer in adapters_of(model).items():
+        if layer.s_b.requires_grad and layer.s_b.grad is None:
+            raise AFLoRAError(
+                f"no gradient reached {name}: if its weight is used without calling it, leave it "
+                "out of targets; if activations are recomputed, pass use_reentrant=False")
+
+
+class GraphRecorder:
+    """Forward and backward of a micro-batch, as one CUDA graph for each shape of batch.
+
+    Python launches a thousand small kernels a step, and a GPU waits for it. A graph is a recording
+    of kernels that one call replays, on the very memory of the recording: so a batch is copied to
+    where the recorded one was, and gradients stay in place, zeroed and not dropped; a replay adds
+    to them. The third batch of a shape is recorded, since libraries set themselves up in their
+    first calls and a rare shape is not worth it. What froze is still in a recording: all are
+    forgotten then. They share one pool of memory, about as large as the largest shape needs.
+    """
+
+    def __init__(self, forward_backward):
+        self.forward_backward = forward_backward
+        self.seen = Counter()
+        self.forget()
+
+    def forget(self):
+        self.recorded = {}  # shape: (the inputs it reads, replay)
+        self.pool = None
+
+    def __call__(self, batch, count):
+        shape = repr((count, tree_map_only(torch.Tensor, lambda x: (x.shape, x.dtype), batch)))
+        self.seen[shape] += 1
+        if shape not in self.recorded and self.seen[shape] > 2 and len(self.recorded) < MOST_GRAPHS:
+            inputs = tree_map_only(torch.Tensor, torch.clone, batch)
+            with blame("graphs=True: leave it out if the loss reads a value back or is on a CPU"):
+                self.recorded[shape] = (inputs, self.record(inputs, count))
+        if shape not in self.recorded:
+            self.forward_backward(batch, count)
+            return
+        inputs, replay = self.recorded[shape]
+        for place, value in zip(tree_leaves(inputs), tree_leaves(batch)):
+            if isinstance(place, torch.Tensor):
+                place.copy_(value)
+        replay()
+
+    def record(self, *inputs):
+        """Records, without running it, what a batch does. Returns the call that replays it."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, self.pool, torch.cuda.current_stream()):
+            self.forward_backward(*inputs)
+        self.pool = graph.pool()
+        return graph.replay
+
+
+@contextlib.contextmanager
+def side_stream(device):
+    """Runs what is inside on a CUDA stream of its own: on the default one nothing is recorded."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize(device)
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
+    torch.cuda.synchronize(device)
+
+
+def train(model, batches, loss, *, epochs, accumulate=1, after_step=None, resume=None, **settings):
     """Trains for some epochs by Training.step; `settings` are Training's: lr, freezer and so on.
 
     batches: callable, epoch -> a list, DataLoader or the like of batches: tensors in tuples, lists
         or dicts; as many in each epoch (batches(0) is asked for its length before).
     accumulate: micro-batches of one optimizer step, equally weighted.
-    evaluate: callable, model -> {metric: number}, after each epoch.
     after_step: callable, is given the Training after each step: to log its line, which is new each
-        10 steps, at an epoch's end and when something froze; to save a checkpoint; to stop, by
-        an exception.
+        10 steps, at an epoch's end and when something froze; to evaluate; to save a checkpoint;
+        to stop, by an exception. The model is in training mode again in the next step.
     resume: a checkpoint to go on from; on a CPU bit-identical to an uninterrupted run.
-    Returns {"history": [the line at each epoch's end, with "metrics"], "steps", "skipped"}. Raises
-    AFLoRAError at the next logged line if a loss, or in fp32 and bf16 a gradient, was not finite.
+    Returns the Training. Raises AFLoRAError at the next line if something was not finite.
     """
     accumulate = whole("accumulate", accumulate, 1)
+    epochs = whole("epochs", epochs, 1)
     per_epoch = math.ceil(whole("number of batches", len(batches(0)), 1) / accumulate)
-    total_steps = whole("epochs", epochs, 1) * per_epoch
-    training = Training(model, loss, total_steps=total_steps, **settings)
-    training.plan["accumulate"] = accumulate
+    training = Training(model, loss, total_steps=epochs * per_epoch, **settings)
+    training.steps_per_epoch = per_epoch
+    training.plan |= dict(epochs=epochs, accumulate=accumulate)
     if resume:
         load_checkpoint(training, resume)
-    with tqdm(total=total_steps, initial=training.steps, unit="step", mininterval=1) as bar:
-        while training.steps < total_steps:
-            model.train()
-            model.zero_grad()  # also of gradients from before the training
-            for micro_batches in steps_left(training, batches, per_epoch, accumulate):
+    model.zero_grad()  # of gradients from before the training
+    bar = tqdm(total=training.total_steps, initial=training.steps, unit="step", mininterval=1)
+    with bar, side_stream(training.device):
+        while training.steps < training.total_steps:
+            for micro_batches in steps_left(training, batches, accumulate):
+                model.train()
                 frozen = training.step(micro_batches)
                 bar.update()
-                done = (training.steps - 1) % per_epoch + 1  # steps of this epoch
-                if done == per_epoch or frozen or training.steps % LOG_EVERY == 0:
-                    training.report(done)
+                epoch_ends = training.steps % per_epoch == 0
+                if epoch_ends or frozen or training.steps % LOG_EVERY == 0:
+                    training.report()
                     bar.set_postfix(training.line, refresh=False)
-                if done == per_epoch:
-                    model.eval()
-                    with torch.no_grad(), training.autocast:
-                        metrics = evaluate(model) if evaluate else {}
-                    training.history.append(training.line | dict(metrics=metrics))
-                    training.sums[0] = 0
                 if after_step:
                     after_step(training)
-    return dict(history=training.history, steps=total_steps, skipped=int(training.sums[1]))
+    return training
 
 
-def steps_left(training, batches, per_epoch, accumulate):
+def steps_left(training, batches, accumulate):
     """Yields the micro-batches of each step that is left in this epoch.
 
     In a resumed epoch those before are passed over, under the random state with which it began: a
     shuffling DataLoader draws its order from that.
     """
-    epoch, done = divmod(training.steps, per_epoch)
+    epoch, done = divmod(training.steps, training.steps_per_epoch)
     now = random_state()
     if done == 0:
         training.epoch_start = now
+        training.sums[0] = 0
     random_state(training.epoch_start)
     iterator = iter(batches(epoch))
     for _ in itertools.islice(iterator, done * accumulate):
         pass
     if done > 0:
         random_state(now)
-    for _ in range(done, per_epoch):
+    for _ in range(done, training.steps_per_epoch):
         micro_batches = list(itertools.islice(iterator, accumulate))
         if not micro_batches:
             break
         yield micro_batches
-    if training.steps % per_epoch != 0 or next(iterator, None) is not None:
+    if training.steps % training.steps_per_epoch != 0 or next(iterator, None) is not None:
         raise AFLoRAError("batches(epoch) has to hold as many batches in each epoch")
 
 
@@ -597,8 +699,7 @@ def save_adapter(model, path):
 
     Instead of a matrix still at its random start, the key from which it regrows and a checksum.
     """
-    if not hasattr(model, "adapter_config"):
-        raise AFLoRAError("add_adapters() was not called on this model: nothing to save")
+    check_same_model(model)
     state = model.state_dict()
     values = {name: state[name] for name in {*model.adapter_names, *learned_names(model)}}
     at_start = {}
@@ -640,27 +741,32 @@ def save_checkpoint(training, path):
     """
     training.read_sums()  # raises where something was not finite: the last checkpoint stays
     state = training.model.state_dict()
-    record = {name: getattr(training, name) for name in ("plan", "steps", "line", "history")}
     write_file(path, dict(
-        format=CHECKPOINT_FORMAT, sums=training.sums,
-        record=json.dumps(record, default=float),  # as text: numbers may be NumPy's
+        format=CHECKPOINT_FORMAT,
+        plan=training.plan,
+        steps=training.steps,
+        line=training.line,
+        sums=training.sums,
         values={name: state[name] for name in training.learned},
-        parts=[part.state_dict() for part in training.parts],
-        random=[random_state(), training.epoch_start]))
+        optimizer=training.optimizer.state_dict(),
+        scaler=training.scaler.state_dict(),
+        freezer=training.freezer.state_dict() if training.freezer else {},
+        random=[random_state(), training.epoch_start],
+    ))
 
 
 def load_checkpoint(training, path):
     """Goes on where a run was stopped. Raises AFLoRAError if the checkpoint is of another run."""
     content = read_file(path, CHECKPOINT_FORMAT)
     with blame(path):
-        record = json.loads(content["record"])
-        expect_equal(record["plan"], json.loads(json.dumps(training.plan, default=float)))
-        for part, state in zip(training.parts, content["parts"], strict=True):
-            part.load_state_dict(state)
+        expect_equal(content["plan"], training.plan)
+        if training.freezer:
+            training.freezer.load_state_dict(content["freezer"])
+        training.optimizer.load_state_dict(content["optimizer"])
+        training.scaler.load_state_dict(content["scaler"])
         set_values(training.model, content["values"], needed=training.learned)
-        training.steps = record["steps"]
-        training.line = record["line"]
-        training.history = record["history"]
+        training.steps = content["steps"]
+        training.line = content["line"]
         training.sums.copy_(content["sums"])
         now, training.epoch_start = content["random"]
         random_state(now)

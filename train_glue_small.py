@@ -174,6 +174,7 @@ class Examples:
 
     def __init__(self, rows, tokenizer, max_length=128):
         encoded = [tokenizer.encode(text, pair, max_length) for text, pair, _ in rows]
+        self.max_length = max_length
         self.lengths = torch.tensor([len(ids) for ids, _ in encoded])
         self.starts = self.lengths.cumsum(0) - self.lengths
         padding = tokenizer.vocab["[PAD]"]
@@ -184,8 +185,14 @@ class Examples:
         self.labels = torch.tensor([label for *_, label in rows])
 
     def collate(self, rows):
-        """ids, segments, mask (N, T) and labels (N,) of these rows, padded to their longest."""
-        position = torch.arange(int(self.lengths[rows].max()))
+        """ids, segments, mask (N, T) and labels (N,) of these rows, padded to their longest.
+
+        On CUDA to a multiple of 8 tokens: few shapes occur, each of which is recorded once.
+        """
+        longest = int(self.lengths[rows].max())
+        if torch.cuda.is_available():
+            longest = min(math.ceil(longest / 8) * 8, self.max_length)
+        position = torch.arange(longest)
         mask = position < self.lengths[rows, None]
         index = torch.where(mask, self.starts[rows, None] + position, -1)
         return self.ids[index], self.segments[index], mask, self.labels[rows]
@@ -436,6 +443,7 @@ class Run:
         self.caught = []  # signals
         self.predicted = None  # of dev, after the last epoch
         self.seconds = 0.0  # of training, without evaluation
+        self.lines = []  # of the log; those that end an epoch have accuracy and f1
         self.resumed = bool(experiment.args.resume)
         self.started = False
         self.check_folder()
@@ -447,7 +455,7 @@ class Run:
             with blame(checkpoint):
                 there = json.loads((self.out / "run.json").read_text())
                 aflora.expect_equal(there["checksums"], self.experiment.checksums)
-                self.seconds = max([line["seconds"] for line in self.logged()], default=0.0)
+                self.lines = self.logged()
         elif checkpoint.exists():
             raise AFLoRAError(f"{checkpoint} is of a stopped run: --resume it, or remove it")
 
@@ -455,6 +463,11 @@ class Run:
         """The lines of the log; one that was cut as the run died is left out."""
         *whole_lines, _ = (self.out / "log.jsonl").read_text().split("\n")
         return [json.loads(line) for line in whole_lines]
+
+    def history(self):
+        """What is reported of each epoch's end."""
+        keys = ("epoch", "step", "loss", "accuracy", "f1")
+        return [{key: line[key] for key in keys} for line in self.lines if "f1" in line]
 
     def train(self):
         """Trains to the end, or to a signal."""
@@ -472,7 +485,7 @@ class Run:
                 weight_decay=0.01,
                 freezer=e.freezer,
                 precision=e.precision,
-                evaluate=self.evaluate,
+                graphs=e.device.type == "cuda",
                 after_step=self.after_step,
                 resume=self.out / "checkpoint.pt" if self.resumed else None,
             )
@@ -486,55 +499,56 @@ class Run:
             raise KeyboardInterrupt
         self.caught.append(number)
 
-    def evaluate(self, model):
-        """Accuracy and F1 on dev. The clock of training stands meanwhile."""
-        began = time.perf_counter()
-        self.predicted = predict(model, self.experiment.dev, self.experiment.precision)
-        self.clock += time.perf_counter() - began
-        return metrics(self.predicted, self.experiment.dev.labels)
-
     def after_step(self, training):
-        """Logs, and writes a checkpoint where one is due."""
+        """Logs, evaluates at an epoch's end, and writes a checkpoint where one is due."""
         if not self.started:
             self.start(training)
         now = time.perf_counter()
         self.seconds += now - self.clock
-        self.clock = now
+        epoch_ends = training.steps % training.steps_per_epoch == 0
         if training.line["step"] == training.steps:
             line = training.line | dict(seconds=self.seconds)
-            path = self.out / "log.jsonl"
-            with blame(path), open(path, "a") as log:
-                log.write(json.dumps(line) + "\n")
-        epoch_ends = training.history and training.history[-1]["step"] == training.steps
-        if epoch_ends:
-            scores = flat(training.history[-1])
-            tqdm.write("  ".join(f"{key} {value:.4g}" for key, value in scores.items()))
+            if epoch_ends:
+                line |= self.evaluate(training.model)
+            self.log(line)
         every = self.experiment.args.checkpoint_every
         due = every and training.steps % every == 0
         if epoch_ends or self.caught or due:
             aflora.save_checkpoint(training, self.out / "checkpoint.pt")
         if self.caught:
             raise Stopped
+        self.clock = time.perf_counter()
+
+    def evaluate(self, model):
+        """Accuracy and F1 on dev."""
+        self.predicted = predict(model, self.experiment.dev, self.experiment.precision)
+        return metrics(self.predicted, self.experiment.dev.labels)
+
+    def log(self, line):
+        """Appends a line to the log, and shows the end of an epoch."""
+        self.lines.append(line)
+        path = self.out / "log.jsonl"
+        with blame(path), open(path, "a") as log:
+            log.write(json.dumps(line) + "\n")
+        if "f1" in line:
+            shown = self.history()[-1].items()
+            tqdm.write("  ".join(f"{key} {value:.4g}" for key, value in shown))
 
     def start(self, training):
         """Makes the folder this run's. Only now, behind the first step: nothing was refused."""
         self.started = True
-        lines = []
-        if self.resumed:  # lines behind the checkpoint are made again
-            lines = [line for line in self.logged() if line["step"] < training.steps]
-            self.seconds = lines[-1]["seconds"] if lines else 0.0
+        # Lines behind the checkpoint are made again
+        self.lines = [line for line in self.lines if line["step"] < training.steps]
+        self.seconds = self.lines[-1]["seconds"] if self.lines else 0.0
+        if len(self.history()) != (training.steps - 1) // training.steps_per_epoch:
+            raise AFLoRAError(f"{self.out}: log.jsonl lacks epochs that the checkpoint has passed")
         for name in ("result.json", "freeze_map.txt", "*.part"):
             for path in self.out.glob(name):
                 path.unlink()
         content = dict(flags=self.flags, checksums=self.experiment.checksums)
         aflora.write_file(self.out / "run.json", json.dumps(content).encode())
-        text = "".join(json.dumps(line) + "\n" for line in lines)
+        text = "".join(json.dumps(line) + "\n" for line in self.lines)
         aflora.write_file(self.out / "log.jsonl", text.encode())
-
-
-def flat(entry):
-    """An epoch's line as one dict: epoch, step, loss and the metrics."""
-    return {key: entry[key] for key in ("epoch", "step", "loss")} | entry["metrics"]
 
 
 def run_task(name, task, args, device, precision):
@@ -562,14 +576,14 @@ def run_task(name, task, args, device, precision):
     experiment = prepare(name, args, task, device, precision)
     run = Run(experiment, out)
     try:
-        report = run.train()
+        training = run.train()
     except Stopped:
         aflora.save_adapter(experiment.model, out / "adapter.pt")
         print(f"\nstopped; what was learned so far is in {out / 'adapter.pt'}; to go on: "
               f"python train_glue_small.py --resume {out}")
         raise SystemExit(128 + run.caught[0])  # 130 for Ctrl-C, 143 for SIGTERM
     aflora.save_adapter(experiment.model, out / "adapter.pt")
-    result = make_result(run, report)
+    result = make_result(run, training)
     aflora.write_file(out / "result.json", json.dumps(result, indent=1).encode())
     print_result(run, result)
     check_merged(run)
@@ -577,10 +591,10 @@ def run_task(name, task, args, device, precision):
         (out / name).unlink()
 
 
-def make_result(run, report):
+def make_result(run, training):
     """The fields of result.json."""
     e = run.experiment
-    history = [flat(entry) for entry in report["history"]]
+    history = run.history()
     last = history[-1]
     best = max(history, key=lambda epoch: epoch["accuracy"])
     start = e.trainable_start
@@ -605,10 +619,10 @@ def make_result(run, report):
         trainable_average=e.freezer.average_trainable() if e.freezer else start,
         head_parameters=trainable(e.model.head),
         history=history,
-        steps=report["steps"],
-        skipped=report["skipped"],
-        seconds=run.seconds,
-        ms_per_step=1000 * run.seconds / e.total_steps,
+        steps=training.steps,
+        skipped=run.lines[-1]["skipped"],
+        seconds=run.lines[-1]["seconds"],
+        ms_per_step=1000 * run.lines[-1]["seconds"] / training.steps,
         peak_memory_bytes=peak_memory(e.device),
         device="cpu" if e.device.type == "cpu" else torch.cuda.get_device_name(),
         precision=e.precision,

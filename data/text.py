@@ -95,7 +95,7 @@ class WordPieceTokenizer:
         with blame(vocab_path):
             tokens = Path(vocab_path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
         self.lower_case = lower_case
-        self.vocab = {token: i for i, token in enumerate(tokens)}
+        self.vocab = {token.rstrip(): i for i, token in enumerate(tokens)}
         for token in self.SPECIAL:
             if token not in self.vocab:
                 raise AFLoRAError(f"{vocab_path} lacks {token}: not a BERT vocabulary")
@@ -168,13 +168,41 @@ def is_punctuation(c):
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a Hugging Face folder. AFLoRAError where other ids would be due."""
+    """The tokenizer of a Hugging Face folder. AFLoRAError where other ids would be due.
+
+    A folder without tokenizer_config.json is taken for one of an uncased model.
+    """
     path = Path(folder, "tokenizer_config.json")
     with blame(path):
         config = dict(do_lower_case=True)
         if path.exists():
             config |= json.loads(path.read_bytes())
-        known = dict(tokenize_chinese_chars=True, strip_accents=config["do_lower_case"])
+        name = config.get("tokenizer_class") or "BertTokenizer"
+        config["tokenizer_class"] = name.removesuffix("Fast")
+        known = dict(tokenizer_class="BertTokenizer", do_basic_tokenize=True,
+                     tokenize_chinese_chars=True, strip_accents=config["do_lower_case"])
         there = {key: config[key] for key in known if config.get(key) is not None}
         expect_equal(known | there, known)
+    check_added_tokens(folder)
     return WordPieceTokenizer(Path(folder, "vocab.txt"), config["do_lower_case"])
+
+
+def check_added_tokens(folder):
+    """AFLoRAError where a folder's files keep whole more than BERT's own five special tokens.
+
+    Hugging Face's tokenizers look for added tokens in a text before they split it into words.
+    """
+    for file in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        path = Path(folder, file)
+        if not path.exists():
+            continue
+        with blame(path):
+            content = json.loads(path.read_bytes())
+            tokens = list(content.get("added_tokens_decoder", {}).values())
+            for key in ("additional_special_tokens", "extra_special_tokens", "never_split"):
+                tokens += content.get(key) or []
+            if file == "added_tokens.json":
+                tokens = list(content)
+            names = [token["content"] if isinstance(token, dict) else token for token in tokens]
+            if not set(names) <= set(WordPieceTokenizer.SPECIAL):
+                raise AFLoRAError(f"tokens were added, {names}: only BERT's own are supported")

@@ -10,8 +10,8 @@ import torch
 
 from aflora import AFLoRAError, blame, expect_equal
 
-RENAMED = {  # names in Hugging Face's checkpoints -> names here; the first two are of old ones
-    ".gamma": ".weight", ".beta": ".bias", "bert.": "", "encoder.layer.": "layers.",
+RENAMED = {  # names in Hugging Face's checkpoints -> names here; .gamma, .beta are of old ones
+    "module.": "", ".gamma": ".weight", ".beta": ".bias", "bert.": "", "encoder.layer.": "layers.",
     "embeddings.LayerNorm": "embedding_norm", "embeddings.word": "word",
     "embeddings.position": "position", "embeddings.token": "token", "attention.self.": "",
     ".dense": "", "attention.output.LayerNorm": "attention_norm",
@@ -36,6 +36,9 @@ def load_state(model, folder):
     paths = [Path(folder, "model.safetensors"), Path(folder, "pytorch_model.bin")]
     path = max(paths, key=Path.exists)  # the first of those that exist
     with blame(path):
+        if not path.exists() and list(Path(folder).glob("*.index.json")):
+            raise AFLoRAError("the weights are in several shards, see index.json there: write one "
+                              "file, by transformers' save_pretrained(folder, max_shard_size='9GB')")
         state = {}
         for name, tensor in read_weights(path).items():
             for old, new in RENAMED.items():

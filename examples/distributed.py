@@ -69,11 +69,11 @@ class ProcessGroupTraining(aflora.Training):
         if total.item() != mine * WORLD:
             raise AFLoRAError(f"processes froze differently in step {self.steps}")
 
-    def report(self, steps_in_epoch):
+    def report(self):
         """The line of the log, with the loss over all processes' rows."""
         dist.all_reduce(self.sums)
         self.sums /= WORLD
-        super().report(steps_in_epoch)
+        super().report()
 
 
 def my_share(examples, rows):
@@ -93,21 +93,24 @@ def loss(model, batch):
 
 
 def train(experiment, training):
-    """All epochs. Every process evaluates, rank 0 prints."""
+    """All epochs. Every process evaluates, rank 0 prints. Returns the line of each epoch's end."""
     batch_size = experiment.recipe["batch_size"]
+    training.steps_per_epoch = training.total_steps // experiment.recipe["epochs"]
+    history = []
     for epoch in range(experiment.recipe["epochs"]):
         training.model.train()
         batches = experiment.train.batches(batch_size, experiment.args.seed, epoch).dataset
         for done, rows in enumerate(batches, start=1):
             training.step([my_share(experiment.train, rows)])
             if done == len(batches) or training.steps % aflora.LOG_EVERY == 0:
-                training.report(done)
+                training.report()
         predicted = companion.predict(training.model, experiment.dev, experiment.precision)
         metrics = companion.metrics(predicted, experiment.dev.labels)
-        training.history.append(companion.flat(training.line | dict(metrics=metrics)))
+        history.append(training.line | metrics)
         training.sums[0] = 0
-        line = [f"{key} {value:.4g}" for key, value in training.history[-1].items()]
-        print("  ".join(line), flush=True)
+        shown = ("epoch", "step", "loss", "accuracy", "f1")
+        print("  ".join(f"{key} {history[-1][key]:.4g}" for key in shown), flush=True)
+    return history
 
 
 def run(args, device):
@@ -124,9 +127,9 @@ def run(args, device):
     if RANK == 0:  # a folder that cannot be made is told now, not behind the training
         Path(args.out).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed + RANK)  # every process has its own dropout
-    train(experiment, training)
+    history = train(experiment, training)
 
-    result = make_result(experiment, training)
+    result = make_result(experiment, training, history)
     if RANK == 0:
         aflora.save_adapter(training.model, Path(args.out, "adapter.pt"))
         content = json.dumps(result, indent=1).encode()
@@ -135,7 +138,7 @@ def run(args, device):
     print(json.dumps({name: result[name] for name in names}))
 
 
-def make_result(experiment, training):
+def make_result(experiment, training, history):
     """The fields of result.json. ranks_equal: did all processes learn the very same bits?"""
     state = training.model.state_dict()
     learned = companion.checksum(state[name] for name in training.model.adapter_names)
@@ -147,7 +150,7 @@ def make_result(experiment, training):
         batch_size=experiment.recipe["batch_size"],
         ranks_equal=len(set(checksums)) == 1, bytes_per_step=training.sent[0],
         bytes_per_step_all_frozen=training.sent[-1],
-        frozen_at=freezer.frozen_at if freezer else {}, history=training.history,
+        frozen_at=freezer.frozen_at if freezer else {}, history=history,
         steps=training.steps, skipped=training.line["skipped"])
 
 

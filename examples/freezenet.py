@@ -409,13 +409,17 @@ def run(arm, factor, seed, epochs, folder):
     if arm != "dense":
         choose(model, arm, factor, images, labels, seed)
     model.to(device, memory_format=torch.channels_last)
-    trained = aflora.train(
+    accuracies = []
+
+    def evaluate(training):
+        if training.steps % training.steps_per_epoch == 0:
+            accuracies.append(accuracy(model, test_images, test_labels))
+
+    aflora.train(
         model,
         lambda epoch: shifted_batches(images, labels, seed, epoch),
         lambda model, batch: F.cross_entropy(model(batch[0]).float(), batch[1]),
-        epochs=epochs, lr=ARMS[arm][2], precision=precision,
-        evaluate=lambda model: {"accuracy": accuracy(model, test_images, test_labels)})
-    accuracies = [line["metrics"]["accuracy"] for line in trained["history"]]
+        epochs=epochs, lr=ARMS[arm][2], precision=precision, after_step=evaluate)
     all_values = arm == "dense" or ARMS[arm][1]  # SNIP's others are zeros, which no seed grows
     return {
         "arm": arm, "factor": factor, "seed": seed, "epochs": epochs, "lr": ARMS[arm][2],

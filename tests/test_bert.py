@@ -21,12 +21,13 @@ def run_main(folder, *flags):
 
 # ------------------------------------------------------------------------- against transformers
 def write_as_old(theirs, folder):
-    """Saves a BertModel's weights as old files have them: .bin, "bert." before, gamma and beta."""
+    """Saves a BertModel's weights as old files have them: .bin, gamma and beta, and before each
+    name what a wrapper and a pre-training model put there."""
     (folder / "model.safetensors").unlink()
     state = {"cls.predictions.bias": torch.zeros(60)}
     for name, p in theirs.state_dict().items():
         name = name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")
-        state[f"bert.{name}"] = p
+        state[f"module.bert.{name}"] = p
     torch.save(state, folder / "pytorch_model.bin")
 
 
@@ -61,6 +62,15 @@ def test_bert_equals_transformers(tmp_path, old):
         torch.testing.assert_close(p.grad, twin.grad, rtol=1e-9, atol=1e-9)
         left = [q for q in left if q is not twin]
     assert left == []
+
+
+def test_weights_in_shards_are_refused(folder, capsys):
+    """There is no model.safetensors then; the message says how to write one."""
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    assert run_main(folder) == 2
+    message = capsys.readouterr().err
+    assert "shards" in message and "max_shard_size" in message
 
 
 def test_the_head_sees_the_mean_over_real_tokens(folder):

@@ -298,8 +298,8 @@ def test_tied_weights_train_as_one():
     moved = dense.first.weight != tied()[2].first.weight
     assert torch.equal(moved, masks["first.weight"])
     torch.testing.assert_close(model(data()[3][0]), dense(data()[3][0]), rtol=1e-5, atol=1e-6)
-    report = train(model, lambda epoch: data(), loss_of, epochs=2, lr=1e-2)
-    assert report["steps"] == 16
+    training = train(model, lambda epoch: data(), loss_of, epochs=2, lr=1e-2)
+    assert training.steps == 16
 
 
 def test_the_other_name_of_a_tied_weight_names_it():
@@ -329,20 +329,20 @@ def test_a_frozen_network_resumes(tmp_path):
     """A stopped run of kept elements goes on, from a checkpoint, to the bits of the whole one."""
     def run(**options):
         model, _ = seeded(0.2)
-        report = train(model, lambda epoch: [images(epoch), images(50 + epoch)], loss_of, epochs=10,
-                       lr=1e-2, **options)
-        return model, report
+        training = train(model, lambda epoch: [images(epoch), images(50 + epoch)], loss_of,
+                         epochs=10, lr=1e-2, **options)
+        return model, training.line
 
     def after_step(training):
         if training.steps == 7:
             save_checkpoint(training, tmp_path / "checkpoint.pt")
             raise KeyboardInterrupt
 
-    whole, report = run()
+    whole, line = run()
     with pytest.raises(KeyboardInterrupt):
         run(after_step=after_step)
     resumed, again = run(resume=tmp_path / "checkpoint.pt")
-    assert again == report
+    assert again == line
     state = whole.state_dict()
     assert state.keys() == resumed.state_dict().keys()
     for name, value in resumed.state_dict().items():

@@ -155,6 +155,9 @@ def test_how_a_pair_is_cut(vocabulary, first, second, room, expected):
     ({"do_lower_case": False}, ["Café"]),
     ({"do_lower_case": False, "strip_accents": False}, ["Café"]),
     ({"tokenize_chinese_chars": True}, ["cafe"]),
+    ({"tokenizer_class": "BertTokenizerFast", "never_split": None}, ["cafe"]),
+    ({"added_tokens_decoder": {"0": {"content": "[PAD]", "special": True}}}, ["cafe"]),
+    ({"additional_special_tokens": [], "extra_special_tokens": []}, ["cafe"]),
 ])
 def test_usual_settings_are_taken(folder, settings, words):
     """tokenizer_config.json says whether letters become small and lose their accents."""
@@ -168,6 +171,12 @@ def test_usual_settings_are_taken(folder, settings, words):
     ({"tokenize_chinese_chars": False}, "tokenize_chinese_chars"),
     ({"strip_accents": False}, "strip_accents"),
     ({"do_lower_case": False, "strip_accents": True}, "strip_accents"),
+    ({"do_basic_tokenize": False}, "do_basic_tokenize"),
+    ({"tokenizer_class": "BertJapaneseTokenizer"}, "BertJapaneseTokenizer"),
+    ({"additional_special_tokens": ["[unused1]"]}, "unused1"),
+    ({"extra_special_tokens": [{"content": "[unused1]"}]}, "unused1"),
+    ({"never_split": ["film"]}, "film"),
+    ({"added_tokens_decoder": {"9": {"content": "<e>"}}}, "<e>"),
     ([1], ""),
     ("{", ""),
 ])
@@ -177,3 +186,23 @@ def test_other_settings_are_refused(folder, settings, word):
     path.write_text(settings if settings == "{" else json.dumps(settings))
     with pytest.raises(AFLoRAError, match=f"^{path}: .*{word}"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("file, content", [
+    ("special_tokens_map.json", {"additional_special_tokens": ["<e>"]}),
+    ("added_tokens.json", {"<e>": 60}),
+])
+def test_added_tokens_in_other_files_are_refused(folder, file, content):
+    """Hugging Face would keep them whole."""
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(AFLoRAError, match=f"{file}: .*<e>"):
+        load_tokenizer(folder)
+
+
+def test_spaces_behind_a_token_are_not_part_of_it(folder):
+    """Some files have them; transformers trims them."""
+    path = folder / "vocab.txt"
+    before = load_tokenizer(folder).vocab
+    path.write_text(path.read_text().replace("good\n", "good \n"))
+    assert "good \n" in path.read_text()
+    assert load_tokenizer(folder).vocab == before

@@ -79,16 +79,16 @@ def perturb(model):
 
 
 def run(model, layers, epochs=10, t_i=0.1, t_f=0.3, batches=None, freezer=None, **options):
-    """train() with a freezer whose t_i and t_f are shares of all steps: (freezer, report)."""
+    """train() with a freezer whose t_i and t_f are shares of all steps: (freezer, Training)."""
     if batches is None:
         batches = data()
     total_steps = epochs * math.ceil(len(batches) / options.get("accumulate", 1))
     if freezer is None:
         freezer = AdaptiveFreezer(
             layers, total_steps, round(t_i * total_steps), round(t_f * total_steps))
-    report = train(model, lambda epoch: batches, loss_of, epochs=epochs, lr=1e-2,
-                   weight_decay=0.1, freezer=freezer, **options)
-    return freezer, report
+    training = train(model, lambda epoch: batches, loss_of, epochs=epochs, lr=1e-2,
+                     weight_decay=0.1, freezer=freezer, **options)
+    return freezer, training
 
 
 def resumable(precision="fp32", loss=None, **options):
@@ -102,20 +102,18 @@ def resumable(precision="fp32", loss=None, **options):
         factor = 1e4 if precision == "fp16" else 1.0
         return factor * loss_of(model, (F.dropout(x, 0.3, model.training), labels))
 
-    def evaluate(model):
-        return {"loss": loss_of(model, data(seed=9)[0]).item()}
-
     model, layers = adapted(train_matrices=["up", "down"])
     torch.manual_seed(5)
     freezer = AdaptiveFreezer(layers, 60, 6, 16)
-    report = train(
+    training = train(
         model, lambda epoch: data(batches=6, seed=epoch), loss or dropout_loss, epochs=20,
-        accumulate=2, evaluate=evaluate, lr=1e-2, weight_decay=0.1, precision=precision,
+        accumulate=2, lr=1e-2, weight_decay=0.1, precision=precision,
         freezer=freezer, **options)
-    numbers = {"report": report, "frozen_at": freezer.frozen_at, "step": freezer.step,
+    numbers = {"last line": training.line, "frozen_at": freezer.frozen_at, "step": freezer.step,
                "average": freezer.average_trainable()}
-    tensors = model.state_dict() | {
-        "Ibar": freezer.Ibar, "Ubar": freezer.Ubar, "random": torch.get_rng_state()}
+    scores = {f"Ibar {name}": value for name, value in freezer.Ibar.items()}
+    scores |= {f"Ubar {name}": value for name, value in freezer.Ubar.items()}
+    tensors = model.state_dict() | scores | {"random": torch.get_rng_state()}
     return numbers, tensors
 
 
@@ -125,6 +123,15 @@ def stop_after(step, path):
         if training.steps == step:
             save_checkpoint(training, path)
             raise KeyboardInterrupt
+
+    return after_step
+
+
+def epoch_ends(lines):
+    """An after_step of train() that appends to `lines` the log's line of each epoch's end."""
+    def after_step(training):
+        if training.steps % training.steps_per_epoch == 0:
+            lines.append(training.line)
 
     return after_step
 

@@ -1,0 +1,316 @@
+"""The recorder of CUDA graphs: on a CPU with a stand-in for the recording, on CUDA the real one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import aflora
+import tiny
+import train_glue_small as glue
+from aflora import AdaptiveFreezer, AFLoRAError, GraphRecorder, Training, save_checkpoint, train
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture
+def tape(monkeypatch):
+    """Replaces the recording by one that notes the call, and replays it on the inputs it was given.
+
+    As with a CUDA graph nothing runs while it is recorded, and a replay reads the very tensors of
+    the recording. Returns the list of recorded shapes; each replay appends "replay".
+    """
+    events = []
+
+    def record(recorder, batch, count):
+        events.append((tuple(batch[0].shape), count))
+
+        def replay():
+            events.append("replay")
+            recorder.forward_backward(batch, count)
+
+        return replay
+
+    monkeypatch.setattr(GraphRecorder, "record", record)
+    return events
+
+
+def noisy_loss(model, batch):
+    """With dropout, so that a draw too many or too few is seen."""
+    x, labels = batch
+    return tiny.loss_of(model, (F.dropout(x, 0.2, model.training), labels))
+
+
+def trained(graphs, batches, precision="fp32", loss=noisy_loss, device="cpu", **options):
+    """(state, frozen_at, lines) of three epochs of AFLoRA, with or without graphs."""
+    model, layers = tiny.adapted()
+    model.to(device)
+    torch.manual_seed(3)
+    steps = 3 * -(-len(batches) // options.get("accumulate", 1))
+    freezer = AdaptiveFreezer(layers, steps, steps // 8, steps // 3)
+    lines = []
+
+    def log(training):
+        if training.line["step"] == training.steps:
+            lines.append(training.line)
+
+    train(model, lambda epoch: batches, loss, epochs=3, lr=1e-2, weight_decay=0.1, freezer=freezer,
+          precision=precision, graphs=graphs, **dict(after_step=log) | options)
+    return model.state_dict(), freezer.frozen_at, lines
+
+
+def assert_same(one, other):
+    """Two results of trained() agree to the last bit."""
+    assert one[1:] == other[1:]
+    assert one[0].keys() == other[0].keys()
+    for name, value in one[0].items():
+        assert torch.equal(value, other[0][name]), name
+
+
+def two_shapes():
+    """Twenty batches of 16 rows and of 12, and a last one of 5."""
+    batches = []
+    for number, (x, labels) in enumerate(tiny.data(batches=20)):
+        rows = 16 if number % 3 else 12
+        batches.append((x[:rows], labels[:rows]))
+    x, labels = tiny.data(batches=1, seed=8)[0]
+    return [*batches, (x[:5], labels[:5])]
+
+
+# --------------------------------------------------------------------------- with a stand-in, on CPUs
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_recorded_equals_eager(tape, precision, accumulate):
+    """Bit for bit, with gradients that stay in place, dropout, odd last batches and freezing."""
+    eager = trained(False, two_shapes(), precision, accumulate=accumulate)
+    assert tape == []
+    recorded = trained(True, two_shapes(), precision, accumulate=accumulate)
+    assert tape.count("replay") > 20
+    assert len(eager[1]) == 12
+    assert_same(recorded, eager)
+
+
+def test_an_overflow_is_skipped_as_ever(tape):
+    """fp16: the scaler halves its scale between two replays, and the skipped steps are the same."""
+    def steep(model, batch):
+        return 1e4 * tiny.loss_of(model, batch)
+
+    eager = trained(False, tiny.data(batches=20), "fp16", steep)
+    recorded = trained(True, tiny.data(batches=20), "fp16", steep)
+    assert eager[2][-1]["skipped"] > 0
+    assert "replay" in tape
+    assert_same(recorded, eager)
+
+
+def test_the_third_batch_of_a_shape_is_recorded(tape):
+    """Two run as they are; each shape, and each number of micro-batches, is one of its own."""
+    model, _ = tiny.adapted()
+    training = Training(model, tiny.loss_of, total_steps=20, lr=1e-2, graphs=True)
+    x, labels = tiny.data()[0]
+    whole = (x, labels)
+    part = (x[:12], labels[:12])
+    for batch in (whole, part, whole, part):
+        training.step([batch])
+    assert tape == []
+    training.step([whole])
+    assert tape == [((16, 8), 1), "replay"]
+    training.step([part])
+    assert tape[2:] == [((12, 8), 1), "replay"]
+    training.step([whole])
+    assert tape[4:] == ["replay"]
+    training.step([whole, whole])
+    assert tape[5:] == []
+    training.step([whole, whole])
+    assert tape[5:] == [((16, 8), 2), "replay", "replay"]
+
+
+def test_what_froze_is_forgotten(tape):
+    """After a step that froze something each shape is recorded anew, at its next batch."""
+    model, layers = tiny.adapted()
+    freezer = AdaptiveFreezer(layers, 100, 0, 20)
+    training = Training(
+        model, tiny.loss_of, total_steps=100, lr=1e-2, freezer=freezer, graphs=True)
+    batch = tiny.data()[0]
+    for step in range(1, 31):
+        frozen = training.step([batch])
+        assert bool(frozen) == (training.recorder.recorded == {} and step > 2)
+    recordings = [event for event in tape if event != "replay"]
+    assert len(recordings) == 3  # step 3, and behind the looks after 10 and 20
+    assert tape.count("replay") == 28
+
+
+def test_other_types_and_other_values_are_other_shapes(tape):
+    """A number in a batch is part of the recording, and so is the type of a tensor."""
+    model, _ = tiny.adapted()
+
+    def loss(model, batch):
+        return batch["factor"] * tiny.loss_of(model, (batch["x"].float(), batch["labels"]))
+
+    recorder = Training(model, loss, total_steps=9, lr=1e-2, graphs=True).recorder
+    recorder.record = lambda batch, count: lambda: None
+    x, labels = tiny.data()[0]
+    for factor in (1.0, 2.0):
+        for dtype in (torch.float32, torch.float64):
+            for _ in range(3):
+                recorder(dict(factor=factor, x=x.to(dtype), labels=labels), 1)
+    assert len(recorder.recorded) == 4
+
+
+def test_a_batch_is_copied_to_where_the_recorded_one_was(tape):
+    """A replay reads its own tensors; the caller's batch is neither kept nor changed."""
+    seen = []
+
+    def loss(model, batch):
+        seen.append(batch[0].clone())
+        return tiny.loss_of(model, batch)
+
+    model, _ = tiny.adapted()
+    training = Training(model, loss, total_steps=20, lr=1e-2, graphs=True)
+    batches = tiny.data()
+    before = [x.clone() for x, _ in batches]
+    for batch in batches:
+        training.step([batch])
+    for found, x, (now, _) in zip(seen, before, batches, strict=True):
+        assert torch.equal(found, x)
+        assert torch.equal(now, x)
+
+
+def test_only_so_many_shapes_are_recorded(tape, monkeypatch):
+    """Shapes without end would fill the memory: further ones run as they are, and right."""
+    monkeypatch.setattr(aflora, "MOST_GRAPHS", 1)
+    eager = trained(False, two_shapes())
+    assert_same(trained(True, two_shapes()), eager)
+    recordings = [event for event in tape if event != "replay"]
+    assert len({shape for shape, _ in recordings}) == 2  # after a freeze the other came first
+    monkeypatch.setattr(aflora, "MOST_GRAPHS", 0)
+    tape.clear()
+    assert_same(trained(True, two_shapes()), eager)
+    assert tape == []
+
+
+@pytest.mark.parametrize("stop", [4, 22, 37])
+def test_a_recorded_run_resumes(tape, tmp_path, stop):
+    """To the bits of the uninterrupted one; the recordings are made anew."""
+    path = tmp_path / "c.pt"
+    lines = []
+
+    def log(training):
+        if training.steps > stop and training.line["step"] == training.steps:
+            lines.append(training.line)
+
+    whole = trained(True, two_shapes(), after_step=log)
+    with pytest.raises(KeyboardInterrupt):
+        trained(True, two_shapes(), after_step=tiny.stop_after(stop, path))
+    expected = list(lines)
+    lines.clear()
+    resumed = trained(True, two_shapes(), after_step=log, resume=path)
+    assert lines == expected
+    assert_same(resumed, whole)
+
+
+def test_what_cannot_be_recorded_names_the_argument():
+    """Here: there is no CUDA device. Torch's error becomes a sentence that says graphs."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    model, _ = tiny.adapted()
+    training = Training(model, tiny.loss_of, total_steps=9, lr=1e-2, graphs=True)
+    batch = tiny.data()[0]
+    training.step([batch])
+    training.step([batch])
+    with pytest.raises(AFLoRAError, match="graphs=True: leave it out"):
+        training.step([batch])
+
+
+def test_on_cuda_texts_are_padded_to_multiples_of_eight(monkeypatch, folder):
+    """So that few shapes occur; on a CPU to the longest of the batch, which is faster there."""
+    rows = [("red green", None, 1), ("red", None, 0)]
+    _, tokenizer, _ = glue.load_model(str(folder), 0, torch.device("cpu"))
+    examples = glue.Examples(rows, tokenizer, max_length=12)
+    both = torch.arange(2)
+    plain = examples.collate(both)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    padded = examples.collate(both)
+    assert padded[0].shape == (2, 8)
+    width = plain[0].shape[1]
+    assert width < 8
+    for one, other in zip(plain[:3], padded[:3]):
+        assert torch.equal(other[:, :width], one)
+    assert not padded[2][:, width:].any()  # the mask
+    long = glue.Examples([("red " * 30, None, 1)], tokenizer, max_length=12)
+    assert long.collate(torch.arange(1))[0].shape == (1, 12)  # the model has no more positions
+
+
+# -------------------------------------------------------------------------------------- real, on CUDA
+@CUDA
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_recorded_on_cuda_equals_eager(precision):
+    """Without dropout: the losses of every logged line, and the same matrices at the same steps."""
+    eager = trained(False, two_shapes(), precision, tiny.loss_of, "cuda")
+    recorded = trained(True, two_shapes(), precision, tiny.loss_of, "cuda")
+    assert recorded[1] == eager[1]
+    assert [line["loss"] for line in recorded[2]] == [line["loss"] for line in eager[2]]
+
+
+@CUDA
+def test_frozen_is_frozen_on_cuda():
+    """A matrix does not move after its step, though recordings from before had moved it."""
+    model, layers = tiny.adapted()
+    model.to("cuda")
+    freezer = AdaptiveFreezer(layers, 120, 10, 30)
+    frozen = {}
+
+    def after_step(training):
+        for name in freezer.frozen_at:
+            frozen.setdefault(name, freezer.matrices[name].clone())
+
+    train(model, lambda epoch: tiny.data(), tiny.loss_of, epochs=15, lr=1e-2, freezer=freezer,
+          graphs=True, after_step=after_step)
+    assert len(frozen) == 12
+    for name, value in frozen.items():
+        assert torch.equal(freezer.matrices[name], value)
+        assert freezer.matrices[name].grad is None
+
+
+@CUDA
+def test_no_wait_inside_a_recorded_step():
+    """Torch itself raises where a step waits for the device; recordings are made before."""
+    model, _ = tiny.adapted()
+    model.to("cuda")
+    training = Training(model, tiny.loss_of, total_steps=20, lr=1e-2, graphs=True)
+    batch = aflora.to_device(tiny.data()[0], training.device)
+    with aflora.side_stream(training.device):
+        for _ in range(5):
+            training.step([batch])
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            training.step([batch])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@CUDA
+@pytest.mark.parametrize("stop", [4, 37])
+def test_a_recorded_run_resumes_on_cuda(tmp_path, stop):
+    """With dropout: the generator's state on the device goes with the checkpoint."""
+    path = tmp_path / "c.pt"
+
+    def save(training):
+        if training.steps == stop:
+            save_checkpoint(training, path)
+
+    whole = trained(True, two_shapes(), device="cuda", after_step=save)
+    resumed = trained(True, two_shapes(), device="cuda", resume=path)
+    assert resumed[1] == whole[1]
+    for name, value in whole[0].items():
+        torch.testing.assert_close(resumed[0][name], value)
+
+
+@CUDA
+def test_a_loss_that_reads_a_value_back_is_refused():
+    """It cannot be recorded; the message says which argument to leave out."""
+    def loss(model, batch):
+        value = tiny.loss_of(model, batch)
+        assert value.item() > 0
+        return value
+
+    with pytest.raises(AFLoRAError, match="graphs=True: leave it out"):
+        trained(True, tiny.data(), loss=loss, device="cuda")

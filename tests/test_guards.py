@@ -1,0 +1,216 @@
+"""What goes wrong in other people's models and trainers is refused at once, with what to do."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import tiny
+from aflora import (
+    AdaptiveFreezer,
+    AFLoRAError,
+    AFLoRALinear,
+    Training,
+    add_adapters,
+    save_adapter,
+    train,
+)
+
+
+def loop(model, freezer, optimizer, steps):
+    """A loop of one's own, with one step of the optimizer for each of the freezer's."""
+    batches = tiny.data()
+    for step in range(steps):
+        tiny.loss_of(model, batches[step % len(batches)]).backward()
+        freezer.update()
+        optimizer.step()
+        freezer.freeze(optimizer)
+        optimizer.zero_grad()
+
+
+# ------------------------------------------------------------------------------- wrapped models
+class Wrapper(nn.DataParallel):
+    """DataParallel that has no device to go to."""
+
+    def __init__(self, module):
+        nn.Module.__init__(self)
+        self.module = module
+
+
+def compiled_inside(model):
+    """A model a part of which is compiled; nothing is compiled before it is called."""
+    model.head = torch.compile(model.head)
+    return model
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, Wrapper, compiled_inside])
+def test_adapters_go_into_the_plain_model(wrap):
+    """The names in its file would fit no plain model."""
+    with pytest.raises(AFLoRAError, match="plain model, then wrap it"):
+        add_adapters(wrap(tiny.Net()), ["up"], modules_to_save=["head"])
+
+
+@pytest.mark.parametrize("wrap", [
+    torch.compile,
+    Wrapper,
+    lambda model: nn.Sequential(model),
+], ids=["compiled", "parallel", "inside another"])
+def test_a_wrapper_is_neither_trained_nor_saved(tmp_path, wrap):
+    """head_lr and the files would not find modules_to_save behind the wrapper's names."""
+    model, _ = tiny.adapted()
+    wrapped = wrap(model)
+    with pytest.raises(AFLoRAError, match="not called on this very model"):
+        train(wrapped, lambda epoch: tiny.data(), tiny.loss_of, epochs=1, lr=1e-2, head_lr=1e-3)
+    with pytest.raises(AFLoRAError, match="not called on this very model"):
+        save_adapter(wrapped, tmp_path / "a.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_is_a_model_of_its_own(tmp_path):
+    """deepcopy takes the adapters with it: it trains and is saved."""
+    model, _ = tiny.adapted()
+    other = copy.deepcopy(model)
+    train(other, lambda epoch: tiny.data(), tiny.loss_of, epochs=1, lr=1e-2)
+    save_adapter(other, tmp_path / "a.pt")
+
+
+# ------------------------------------------------------------------------ adapters without gradients
+class Bypass(nn.Module):
+    """Uses a linear module's weight without calling it."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(torch.tanh(F.linear(x, self.up.weight)))
+
+
+class Reentrant(Bypass):
+    """Recomputes activations in the old way, which loses gradients where no input needs one."""
+
+    def forward(self, x):
+        return self.head(checkpoint(lambda x: torch.tanh(self.up(x)), x, use_reentrant=True))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("kind", [Bypass, Reentrant])
+def test_an_adapter_that_no_gradient_reaches_is_named(kind):
+    """It would stay at its start for the whole run. Said in the first step, also without freezer."""
+    model = kind()
+    add_adapters(model, ["up"], modules_to_save=["head"])
+    with pytest.raises(AFLoRAError, match="no gradient reached up: .*use_reentrant=False"):
+        train(model, lambda epoch: tiny.data(), tiny.loss_of, epochs=1, lr=1e-2)
+
+
+def test_modules_to_save_may_be_left_out_of_the_loss():
+    """A pooler that a task does not use is common; it stays as it is."""
+    model = tiny.Net()
+    model.pooler = nn.Linear(8, 8)
+    add_adapters(model, ["up"], modules_to_save=["head", "pooler"])
+    before = model.pooler.weight.clone()
+    train(model, lambda epoch: tiny.data(), tiny.loss_of, epochs=1, lr=1e-2)
+    assert torch.equal(model.pooler.weight, before)
+
+
+# ------------------------------------------------------------------------------- other optimizers
+def test_an_optimizer_from_before_the_adapters_is_refused():
+    """It lacks them all: matrices would freeze on schedule, and nothing would ever move."""
+    model = tiny.Net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    freezer = AdaptiveFreezer(add_adapters(model, ["up"], modules_to_save=["head"]), 40, 0, 5)
+    with pytest.raises(AFLoRAError, match="lacks blocks.0.up.lora_A: make it after add_adapters"):
+        loop(model, freezer, optimizer, 40)
+    assert freezer.frozen_at == {}
+
+
+def test_an_optimizer_that_lacks_one_matrix_is_refused():
+    model, layers = tiny.adapted()
+    forgotten = layers["blocks.1.down"].lora_B
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p is not forgotten)
+    with pytest.raises(AFLoRAError, match="lacks blocks.1.down.lora_B"):
+        loop(model, AdaptiveFreezer(layers, 40, 0, 5), optimizer, 40)
+
+
+def test_an_optimizer_that_moves_all_by_one_direction_is_refused():
+    """L-BFGS would go on moving what is frozen."""
+    model, layers = tiny.adapted()
+    freezer = AdaptiveFreezer(layers, 20, 0, 5)
+    optimizer = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad])
+    tiny.loss_of(model, tiny.data()[0]).backward()
+    for _ in range(10):
+        freezer.update()
+    with pytest.raises(AFLoRAError, match="not L-BFGS"):
+        freezer.freeze(optimizer)
+
+
+def test_freeze_without_update_is_refused():
+    """Scores that were never computed are all alike: the order would be the model's."""
+    model, layers = tiny.adapted()
+    freezer = AdaptiveFreezer(layers, 20, 0, 20)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(AFLoRAError, match="call update\\(\\) at each step"):
+        freezer.freeze(optimizer)
+
+
+def test_a_freezer_left_out_at_resume_is_refused():
+    """The optimizer's own count of steps tells that the freezer has missed some."""
+    model, layers = tiny.adapted()
+    freezer = AdaptiveFreezer(layers, 200, 60, 20)
+    optimizer = torch.optim.AdamW(model.parameters())
+    loop(model, freezer, optimizer, 50)
+    for p in freezer.matrices.values():
+        assert p.requires_grad
+    forgotten = AdaptiveFreezer(layers, 200, 0, 20)
+    with pytest.raises(AFLoRAError, match="at resume load the freezer's state"):
+        loop(model, forgotten, optimizer, 50)
+    assert forgotten.frozen_at == {}
+
+
+@pytest.mark.parametrize("make", [
+    lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9),
+    lambda parameters: torch.optim.Adagrad(parameters, lr=1e-2),
+    lambda parameters: torch.optim.RMSprop(parameters, lr=1e-3, momentum=0.5),
+    lambda parameters: torch.optim.NAdam(parameters, lr=1e-3),
+])
+def test_other_optimizers_leave_the_frozen_alone(make):
+    """Momentum, decay and accumulated squares: no frozen matrix moves, all others do."""
+    model, layers = tiny.adapted()
+    freezer = AdaptiveFreezer(layers, 40, 0, 10)
+    optimizer = make([p for p in model.parameters() if p.requires_grad])
+    frozen = {}
+    batches = tiny.data()
+    for step in range(40):
+        tiny.loss_of(model, batches[step % 8]).backward()
+        freezer.update()
+        optimizer.step()
+        for name in freezer.freeze(optimizer):
+            frozen[name] = freezer.matrices[name].clone()
+        optimizer.zero_grad()
+    assert len(frozen) == 12
+    for name, value in frozen.items():
+        assert torch.equal(freezer.matrices[name], value)
+
+
+# ---------------------------------------------------------------------------------- and the rest
+def test_a_used_freezer_is_no_new_one():
+    model, layers = tiny.adapted()
+    freezer = AdaptiveFreezer(layers, 8, 0, 1, interval=1)
+    loop(model, freezer, torch.optim.AdamW(model.parameters()), 3)
+    with pytest.raises(AFLoRAError, match="and is new"):
+        Training(model, tiny.loss_of, total_steps=8, lr=1e-2, freezer=freezer)
+
+
+def test_state_of_an_adapted_model_goes_into_another_one():
+    """load_state_dict() is plain PyTorch: outputs and files are those of the first."""
+    model, _ = tiny.adapted()
+    tiny.perturb(model)
+    other, layers = tiny.adapted(seed=3)
+    other.load_state_dict(model.state_dict())
+    x, _ = tiny.data()[0]
+    assert torch.equal(other(x), model(x))
+    assert all(isinstance(layer, AFLoRALinear) for layer in layers.values())
