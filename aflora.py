@@ -270,7 +270,7 @@ class AdaptiveFreezer:
             raise AFLoRAError("no A or B is trainable: nothing to freeze, leave the freezer out")
         if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
             raise AFLoRAError("beta1 and beta2 have to lie from 0 to below 1")
-        self.Ibar = {name: torch.zeros_like(p) for name, p in self.live.items()}
+        self.Ibar = {name: p.new_zeros(p.numel()) for name, p in self.live.items()}
         self.Ubar = dict(self.Ibar)
         sensitivity(torch.zeros(1), torch.zeros(1), kind)  # refuses an unknown kind
         self.scheduled()  # and a schedule that does not fit
@@ -283,14 +283,9 @@ class AdaptiveFreezer:
         """r(t) after the steps so far, an exact Fraction."""
         return freezing_fraction(self.step, self.total_steps, self.t_i, self.t_f)
 
-    def flat(self, tensors):
-        """Those of {name: tensor} that are live, end to end in one: few kernels for all matrices."""
-        return torch.cat([tensors[name].detach().flatten() for name in self.live])
-
     def split(self, flat):
-        """The reverse of flat()."""
-        parts = flat.split([p.numel() for p in self.live.values()])
-        return {name: part.view_as(self.live[name]) for name, part in zip(self.live, parts)}
+        """{name: its part of a flat tensor}, for the live matrices."""
+        return dict(zip(self.live, flat.split([p.numel() for p in self.live.values()])))
 
     @torch.no_grad()
     def update(self, found_inf=None):
@@ -306,14 +301,15 @@ class AdaptiveFreezer:
             if p.grad is None or p.dtype.itemsize < 4:
                 raise AFLoRAError(f"{name} needs a gradient, from backward(), in float32: cast a "
                                   "model before add_adapters(), not after it")
-        weight = self.flat(self.live)
-        grad = self.flat({name: p.grad for name, p in self.live.items()})
+        # All live matrices end to end in one tensor: few kernels
+        weight = torch.cat([p.flatten() for p in self.live.values()])
+        grad = torch.cat([p.grad.flatten() for p in self.live.values()])
         if found_inf is None:
             found_inf = ~grad.isfinite().all()
         # (2)  I(t) = |w * grad L|, or as `kind` says
         I = sensitivity(weight, grad, self.kind)
-        old_Ibar = self.flat(self.Ibar).to(I)  # the model may have moved to another device
-        old_Ubar = self.flat(self.Ubar).to(I)
+        old_Ibar = torch.cat([self.Ibar[name] for name in self.live]).to(I)  # to its device, too
+        old_Ubar = torch.cat([self.Ubar[name] for name in self.live]).to(I)
         # (3)  Ibar(t) = b1 Ibar(t-1) + (1 - b1) I(t),    Ibar(0) = 0
         Ibar = self.beta1 * old_Ibar + (1 - self.beta1) * I
         # (4)  Ubar(t) = b2 Ubar(t-1) + (1 - b2) U(t),    U(t) = |I(t) - Ibar(t)|,  Ubar(0) = 0

@@ -63,7 +63,8 @@ class Ours:
         recipe = self.experiment.recipe
         aflora.train(self.experiment.model, lambda epoch: examples.batches(SIZE, 0, epoch),
                      companion.loss, epochs=1, lr=recipe["lr"], head_lr=recipe["head_lr"],
-                     weight_decay=0.01, freezer=self.experiment.freezer, precision=PRECISION)
+                     weight_decay=0.01, freezer=self.experiment.freezer, precision=PRECISION,
+                     graphs=step.CUDA)
         yield
 
 

@@ -15,7 +15,9 @@ under autocast, as people run it.
 Counted rounds follow five that are left out. Ratios are medians of those within a round: a
 machine's speed drifts. FLOPs: of forward and backward, attention written out. Saved: what autograd
 keeps for the backward pass, each storage once, parameters left out, and what of it the adapters'
-forward keeps. Writes results/step-DEVICE.json; a condition measured anew replaces the old one.
+forward keeps. On CUDA some arms run once more with forward and backward recorded as a CUDA graph;
+their ratios are to recorded arms. Busy: what all kernels of a step take, from the profiler.
+Writes results/step-DEVICE.json; a condition measured anew replaces the old one.
 """
 
 import argparse
@@ -174,6 +176,10 @@ ARMS = {
     "transformers eager, peft lora": partial(PEFT_LORA, attention="eager"),
     "transformers sdpa, peft lora": partial(PEFT_LORA, attention="sdpa"),
 }
+RECORDED = ", recorded"  # what the names of such arms end in
+if CUDA:
+    ARMS |= {name + RECORDED: ARMS[name] for name in (
+        "floor", "aflora start", "aflora frozen", "lora r=8", "full", "peft lora r=8")}
 
 
 class Arm:
@@ -205,6 +211,12 @@ class Arm:
 
     def step(self):
         self.training.step([self.batch])
+
+    def record(self):
+        """From now on forward and backward are one CUDA graph: the third step records it."""
+        self.training.recorder = aflora.GraphRecorder(self.training.forward_backward)
+        for _ in range(3):
+            self.step()
 
 
 # ------------------------------------------------------------------------------------- measuring
@@ -283,6 +295,17 @@ def flops(arm):
     return sum(counts.values()), sum(counts.values()) - batched
 
 
+def busy(arm):
+    """(kernels of one step, their milliseconds in sum), from the profiler. On CUDA alone."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profiler:
+        arm.step()
+        wait()
+    kernels = [event for event in profiler.events()
+               if event.device_type == torch.autograd.DeviceType.CUDA]
+    return len(kernels), sum(event.device_time for event in kernels) / 1000
+
+
 def optimizer_bytes(arm):
     """Of the optimizer's state."""
     states = arm.training.optimizer.state.values()
@@ -333,6 +356,10 @@ def compare(ways, shape, batch, precision, rounds):
         allocated = torch.cuda.memory_allocated() if CUDA else 0
         arms[name] = Arm(adapt, shape, precision, batch)
         logits, found[name] = warm_up(arms[name], allocated)
+        if name.endswith(RECORDED):
+            arms[name].record()
+        if CUDA:
+            found[name]["kernels"], found[name]["busy_ms"] = busy(arms[name])
         if expected is None:
             expected = logits
         if not torch.allclose(logits, expected, atol=1e-4 if precision == "fp32" else 0.05):
@@ -346,22 +373,25 @@ def compare(ways, shape, batch, precision, rounds):
 
 def add_times(found, times):
     """Adds to what was found: quartiles of the times, and ratios within the rounds."""
-    others = [name for name in ("floor", "aflora start") if name in found]
     for name, values in found.items():
         low, median, high = statistics.quantiles([one[name] for one in times], n=4)
         values.update(ms=median, ms_low=low, ms_high=high)
-        for other in others:
-            values[f"to_{other}"] = statistics.median(one[name] / one[other] for one in times)
+        for other in ("floor", "aflora start"):
+            if other in found:  # what is recorded is compared with what is recorded
+                twin = other + RECORDED if name.endswith(RECORDED) else other
+                values[f"to_{other}"] = statistics.median(one[name] / one[twin] for one in times)
 
 
 def measure(shape, size, length, precision, rounds):
     """All ARMS in one condition, as a dict for the file."""
-    arms, found = compare(ARMS, shape, make_batch(size, length), precision, rounds)
-    if CUDA:
-        torch.cuda.set_sync_debug_mode("error")  # raises if the host waits inside a step
-        arms["aflora start"].step()
-        torch.cuda.set_sync_debug_mode("default")
-    freezer = freezer_share(arms["aflora start"], found["aflora start"]["ms"])
+    with aflora.side_stream(DEVICE):
+        arms, found = compare(ARMS, shape, make_batch(size, length), precision, rounds)
+        if CUDA:
+            torch.cuda.set_sync_debug_mode("error")  # raises if the host waits inside a step
+            arms["aflora start"].step()
+            arms["aflora start" + RECORDED].step()
+            torch.cuda.set_sync_debug_mode("default")
+        freezer = freezer_share(arms["aflora start"], found["aflora start"]["ms"])
     ratio = found["aflora frozen"]["saved_by_adapters"] / found["naive frozen"]["saved_by_adapters"]
     return {"rounds": rounds, "machine": machine(), "arms": found, "freezer": freezer,
             "saved_to_naive": ratio, "no_wait": CUDA or None}
@@ -403,12 +433,14 @@ def write_results(name, new):
 def show(title, result):
     """Prints what was measured in one condition."""
     print(f"\n{title}, {result['rounds']} rounds; memory in MiB\n{'':29}     ms    quartiles     "
-          "/floor /start  GFLOP   saved adapters AdamW  peak")
+          "/floor /start  GFLOP   saved adapters AdamW  peak    busy ms, kernels")
     for name, arm in result["arms"].items():
         saved = arm["saved_bytes"] / 2**20
         adapters = arm["saved_by_adapters"] / 2**20
         state = arm["optimizer_bytes"] / 2**20
-        peak = f"{arm['peak_bytes'] / 2**20:6.0f}" if CUDA else "   -"
+        peak = "   -"
+        if CUDA:
+            peak = f"{arm['peak_bytes'] / 2**20:6.0f} {arm['busy_ms']:8.2f} {arm['kernels']:6}"
         print(f"{name:29}{arm['ms']:8.1f} {arm['ms_low']:7.1f} {arm['ms_high']:7.1f} "
               f"{arm['to_floor']:6.2f} {arm['to_aflora start']:6.2f} {arm['flops'] / 1e9:7.1f} "
               f"{saved:6.1f} {adapters:7.2f} {state:6.2f} {peak}")

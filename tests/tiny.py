@@ -127,6 +127,11 @@ def stop_after(step, path):
     return after_step
 
 
+def live(freezer, scores):
+    """Running scores of a freezer's live matrices, Ibar or Ubar, end to end in one tensor."""
+    return torch.cat([scores[name] for name in freezer.live])
+
+
 def epoch_ends(lines):
     """An after_step of train() that appends to `lines` the log's line of each epoch's end."""
     def after_step(training):
