@@ -546,6 +546,8 @@ class GraphRecorder:
     to them. The third batch of a shape is recorded, since libraries set themselves up in their
     first calls and a rare shape is not worth it. What froze is still in a recording: all are
     forgotten then. They share one pool of memory, about as large as the largest shape needs.
+    Python inside the loss runs at the recording alone: a number that it makes anew for each batch,
+    and that is not part of the batch, would stay as it was.
     """
 
     def __init__(self, forward_backward):
@@ -560,13 +562,14 @@ class GraphRecorder:
     def __call__(self, batch, count):
         shape = repr((count, tree_map_only(torch.Tensor, lambda x: (x.shape, x.dtype), batch)))
         self.seen[shape] += 1
-        if shape not in self.recorded and self.seen[shape] > 2 and len(self.recorded) < MOST_GRAPHS:
+        is_new = shape not in self.recorded
+        if is_new and (self.seen[shape] < 3 or len(self.recorded) >= MOST_GRAPHS):
+            self.forward_backward(batch, count)
+            return
+        if is_new:
             inputs = tree_map_only(torch.Tensor, torch.clone, batch)
             with blame("graphs=True: leave it out if the loss reads a value back or is on a CPU"):
                 self.recorded[shape] = (inputs, self.record(inputs, count))
-        if shape not in self.recorded:
-            self.forward_backward(batch, count)
-            return
         inputs, replay = self.recorded[shape]
         for place, value in zip(tree_leaves(inputs), tree_leaves(batch)):
             if isinstance(place, torch.Tensor):
