@@ -1,11 +1,10 @@
-"""The examples do what they say: several processes, models of transformers, the exercises.
+"""The examples do what they say: several processes, models of transformers.
 
 Processes are started as a user starts them, on the tiny BERT of tiny.py; no network, no GPU.
 """
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -243,51 +242,3 @@ def test_the_example_of_your_own_model(tmp_path, monkeypatch, capsys, part):
     else:
         assert "[8, 9, 10, 11, 12, 13, 14, 15]" in printed
         assert (tmp_path / "llama/model.safetensors").exists()
-
-
-def exercises():
-    """The text of examples/exercises.md."""
-    return (EXAMPLES / "exercises.md").read_text(encoding="utf-8")
-
-
-def edited(old, new):
-    """Runs aflora.py's demonstration with one of the file's lines exchanged."""
-    source = Path(aflora.__file__).read_text(encoding="utf-8")
-    assert source.splitlines().count(old) == 1
-    names = {"__name__": "edited"}
-    exec(source.replace(f"{old}\n", f"{new}\n"), names)
-    names["demo"]()
-
-
-def test_the_blocks_of_the_exercises_run(capsys):
-    """Python blocks run and print the counts of their answers."""
-    for block in re.findall(r"```python\n(.*?)```", exercises(), re.DOTALL):
-        exec(block, {})
-    printed = capsys.readouterr().out
-    for number in ("0.799, realised 0.785", "realised 0.704", "written: 12.07", "folded: 0.12",
-                   "0.6895 after 100", "0.7982 after 100", "61.9% of the weights"):
-        assert number in printed
-
-
-def test_the_edits_of_the_exercises_do_what_the_answers_say(capsys):
-    """Edited lines stand in aflora.py. Counts, zeros and the order of equal scores are checked."""
-    edits = re.findall(r"```diff\n-(.*)\n[+](.*)\n```", exercises())
-    assert len(edits) == 4
-    printed = []
-    for old, new in edits:
-        edited(old, new)
-        printed.append(capsys.readouterr().out)
-    awake, first, zeros, weight = printed
-    steps = "'0.lora_A': {}, '0.lora_B': {}, '2.lora_A': {}, '2.lora_B': {}"
-    assert "frozen after step" in awake
-    assert first.startswith(f"step 1: r(t) = 0.000, s = {{{steps.format(*4 * ['0.0'])}}}\nstep 2")
-    assert steps.format(*4 * ["0.0"]) not in first.partition("step 2")[2]
-    assert f"frozen after step: {{{steps.format(70, 90, 110, 200)}}}" in zeros
-    assert "frozen after step: {'2.lora_A': 70, '0.lora_A': 90," in weight
-
-
-def test_the_ramp_that_begins_at_once(capsys):
-    """Exercise 4: r(10) = 0.143 freezes none of four matrices."""
-    aflora.demo(t_i=0)
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert [int(step) for step in re.findall(r": (\d+)", last)] == [20, 50, 80, 200]
