@@ -21,7 +21,7 @@ Papers: AFLoRA, Liu et al. (arXiv 2403.13269); LoRA, Hu et al. (2106.09685); ELo
 VeRA, Kopiczko et al. (2310.11454); PLATON, whose score this is, Zhang et al. (2206.12562).
 """
 
-import contextlib, hashlib, itertools, json, math, numbers
+import contextlib, hashlib, itertools, math, numbers
 import os, pathlib, re, secrets, warnings, zipfile
 from collections import Counter
 from fractions import Fraction
@@ -82,7 +82,7 @@ class AFLoRALinear(nn.Module):
 
     def forward(self, x, *args, **kwargs):
         tokens = x.reshape(-1, x.shape[-1])  # (tokens, in): all leading dimensions in one
-        y = self.base(tokens.view(x.shape), *args, **kwargs)  # W0 X; the base sees x as it came
+        y = self.base(tokens.view(x.shape), *args, **kwargs)  # W0 X; the base sees x's own shape
         h = F.linear(tokens, self.lora_A.to(x.dtype)).to(y.dtype)  # A X, (tokens, r)
         # Both vectors are folded into the thin B. The gradient of s_b needs what s_b multiplies: in
         # the order of (1) an activation of tokens x out values, kept for backward; here r x out.
@@ -155,7 +155,7 @@ def find(targets, names):
 
 
 def check_places(modules, names, saved):
-    """Raises AFLoRAError where nothing would train, or an adapter would be bypassed."""
+    """Raises AFLoRAError where nothing would train, a place is wrong, or the model is wrapped."""
     if not names and not saved:
         raise AFLoRAError("neither targets nor modules_to_save: nothing would train")
     for module in modules.values():
@@ -252,8 +252,11 @@ class AdaptiveFreezer:
 
     def __init__(self, adapters, total_steps, t_i, t_f, interval=10, beta1=0.85, beta2=0.95,
                  kind="gradient-weight"):
-        trained = {f"{name}.{key}": p for name, layer in adapters.items()
-                   for key, p in layer.named_parameters(recurse=False) if p.requires_grad}
+        trained = {}
+        for name, layer in adapters.items():
+            for key, p in layer.named_parameters(recurse=False):
+                if p.requires_grad:
+                    trained[f"{name}.{key}"] = p
         self.matrices = {name: p for name, p in trained.items() if p.dim() == 2}
         self.vector_parameters = sum(p.numel() for p in trained.values() if p.dim() == 1)
         self.total_steps = whole("total_steps", total_steps)
@@ -330,12 +333,17 @@ class AdaptiveFreezer:
 
     def due(self):
         """How many are to freeze now: floor(r(t) n) at a look, less those that are frozen."""
-        if self.step % self.interval != 0 and self.step < self.total_steps - self.t_f:
-            return 0
-        return math.floor(self.scheduled() * len(self.matrices)) - len(self.frozen_at)
+        is_look = self.step % self.interval == 0 or self.step >= self.total_steps - self.t_f
+        wanted = math.floor(self.scheduled() * len(self.matrices))
+        return wanted - len(self.frozen_at) if is_look else 0
 
     def freeze(self, optimizer):
-        """Freezes what is due, lowest scores first, and returns its names. Only then it waits."""
+        """Freezes what is due, lowest scores first, and returns its names.
+
+        It waits for the device only where something is due.
+        """
+        if self.step == 0:
+            raise AFLoRAError("call update() in each step, before freeze()")
         due = self.due()
         if due <= 0:
             return []
@@ -352,24 +360,29 @@ class AdaptiveFreezer:
         return names
 
     def check_optimizer(self, optimizer):
-        """Raises AFLoRAError where a matrix never moved, or would move when it is frozen."""
-        if self.step == 0 or isinstance(optimizer, torch.optim.LBFGS):
-            raise AFLoRAError("call update() at each step before freeze(), and use an optimizer "
-                              "that moves each parameter by its own gradient, not L-BFGS")
+        """Raises AFLoRAError for an optimizer that does not move every live matrix, would move a
+        frozen one, or has made steps that update() has not seen.
+        """
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise AFLoRAError("L-BFGS would move what is frozen: use an optimizer that moves each "
+                              "parameter by its own gradient")
         held = {p for group in optimizer.param_groups for p in group["params"]}
         for name, matrix in self.live.items():
             if matrix not in held:
                 raise AFLoRAError(f"the optimizer lacks {name}: make it after add_adapters()")
         first = next(iter(self.live.values()))
-        if not self.frozen_at and optimizer.state.get(first, {}).get("step", 0) > self.step:
+        steps_made = optimizer.state.get(first, {}).get("step", 0)
+        if not self.frozen_at and steps_made > self.step:
             raise AFLoRAError("the optimizer has made more steps than update() has seen: call it "
                               "at each, and at resume load the freezer's state, too")
 
     def average_trainable(self):
         """Trainable adapter parameters (without a head), averaged over the steps so far. Exact."""
         steps = max(self.step, 1)
-        matrices = sum(p.numel() * self.frozen_at.get(n, steps) for n, p in self.matrices.items())
-        return self.vector_parameters + matrices / steps
+        total = 0
+        for name, p in self.matrices.items():
+            total += p.numel() * self.frozen_at.get(name, steps)  # the steps in which it trained
+        return self.vector_parameters + total / steps
 
     def state_dict(self):
         """All that a resumed run needs: tensors, numbers and strings."""
@@ -381,7 +394,11 @@ class AdaptiveFreezer:
     def load_state_dict(self, content):
         """Takes up a state_dict() in a new freezer. Raises AFLoRAError if it is of another run."""
         expect_equal(content["plan"], self.state_dict()["plan"])
-        vars(self).update(content["state"], frozen_at=dict(content["state"]["frozen_at"]))
+        state = content["state"]
+        self.step = state["step"]
+        self.Ibar = state["Ibar"]
+        self.Ubar = state["Ubar"]
+        self.frozen_at = dict(state["frozen_at"])
         for name in self.frozen_at:
             self.live.pop(name).requires_grad_(False)
 
@@ -398,7 +415,8 @@ class Training:
     clip: the largest norm of all gradients together.
     warmup: share of the steps in which the rates rise; then they fall linearly to 0.
     weight_decay: of matrices; vectors and biases have none.
-    graphs: on CUDA, record the kernels of each shape of batch, see GraphRecorder.
+    graphs: on CUDA, record the kernels of each shape of batch, see GraphRecorder. Steps that are
+        not train()'s have to run inside side_stream(device).
     """
 
     def __init__(self, model, loss, *, total_steps, lr, head_lr=None, freezer=None,
@@ -450,7 +468,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * self.rate()
         forward_backward = self.recorder or self.forward_backward
-        for batch in micro_batches:  # their gradients add up to those of one big batch
+        for batch in micro_batches:  # equally large, they add up to the gradients of one big batch
             forward_backward(to_device(batch, self.device), len(micro_batches))
         trained = [p for p in self.model.parameters() if p.grad is not None]
         if self.steps == 0:
@@ -484,7 +502,10 @@ class Training:
         """For a subclass of several processes: see examples/distributed.py."""
 
     def read_sums(self):
-        """(sum of this epoch's losses, skipped steps). Waits; AFLoRAError if one was not finite."""
+        """(sum of this epoch's losses, the run's skipped steps). Waits for the device.
+
+        AFLoRAError if a loss was not finite or, but for fp16, a gradient.
+        """
         losses, skipped = self.sums.tolist()
         if not math.isfinite(losses) or (skipped and self.precision != "fp16"):
             raise AFLoRAError(
@@ -493,7 +514,7 @@ class Training:
         return losses, int(skipped)
 
     def report(self):
-        """Makes self.line, what a log says of the last steps. Waits for the device."""
+        """Makes self.line, what a log says of this epoch so far. Waits for the device."""
         losses, skipped = self.read_sums()
         epoch, done = divmod(self.steps - 1, self.steps_per_epoch)
         self.line = dict(epoch=epoch + 1, step=self.steps, skipped=skipped,
@@ -514,8 +535,10 @@ def parameter_groups(model, lr, head_lr, weight_decay):
         if p.requires_grad:
             peak = float(head_lr if p in head else lr)
             decay = float(weight_decay if p.ndim > 1 else 0)
-            group = dict(params=[], lr=peak, peak_lr=peak, weight_decay=decay)
-            groups.setdefault((peak, decay), group)["params"].append(p)
+            key = (peak, decay)
+            if key not in groups:
+                groups[key] = dict(params=[], lr=peak, peak_lr=peak, weight_decay=decay)
+            groups[key]["params"].append(p)
     if not groups:
         raise AFLoRAError("nothing in this model is trainable: add_adapters() first")
     return list(groups.values())
@@ -540,14 +563,16 @@ def check_gradients(model):
 class GraphRecorder:
     """Forward and backward of a micro-batch, as one CUDA graph for each shape of batch.
 
-    Python launches a thousand small kernels a step, and a GPU waits for it. A graph is a recording
-    of kernels that one call replays, on the very memory of the recording: so a batch is copied to
-    where the recorded one was, and gradients stay in place, zeroed and not dropped; a replay adds
-    to them. The third batch of a shape is recorded, since libraries set themselves up in their
-    first calls and a rare shape is not worth it. What froze is still in a recording: all are
-    forgotten then. They share one pool of memory, about as large as the largest shape needs.
-    Python inside the loss runs at the recording alone: a number that it makes anew for each batch,
-    and that is not part of the batch, would stay as it was.
+    A step is a thousand small kernels, and while Python starts them the GPU waits. A graph is their
+    recording: one call replays it, always on the memory of the recording. Hence
+    - a batch is copied to where the recorded one lay;
+    - gradients are zeroed, never dropped: a replay adds to them where they lay;
+    - the first two batches of a shape run as they are, while libraries set themselves up, and a
+      rare shape is not worth a recording; the third is recorded;
+    - when a matrix freezes its gradient's memory is given up, but recordings would still write
+      there: all are forgotten, and each shape is recorded anew with its next batch.
+    All share one pool of memory, about as large as the largest shape needs. Python inside the loss
+    runs at the recording alone: a number that it makes anew for each batch would stay as it was.
     """
 
     def __init__(self, forward_backward):
@@ -562,13 +587,12 @@ class GraphRecorder:
     def __call__(self, batch, count):
         shape = repr((count, tree_map_only(torch.Tensor, lambda x: (x.shape, x.dtype), batch)))
         self.seen[shape] += 1
-        is_new = shape not in self.recorded
-        if is_new and (self.seen[shape] < 3 or len(self.recorded) >= MOST_GRAPHS):
-            self.forward_backward(batch, count)
-            return
-        if is_new:
+        if shape not in self.recorded:
+            if self.seen[shape] < 3 or len(self.recorded) >= MOST_GRAPHS:
+                return self.forward_backward(batch, count)
             inputs = tree_map_only(torch.Tensor, torch.clone, batch)
-            with blame("graphs=True: leave it out if the loss reads a value back or is on a CPU"):
+            with blame("graphs=True: leave it out if the loss reads a value back or is on a CPU, "
+                       "and start Python anew"):
                 self.recorded[shape] = (inputs, self.record(inputs, count))
         inputs, replay = self.recorded[shape]
         for place, value in zip(tree_leaves(inputs), tree_leaves(batch)):
@@ -579,7 +603,8 @@ class GraphRecorder:
     def record(self, *inputs):
         """Records, without running it, what a batch does. Returns the call that replays it."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self.pool, torch.cuda.current_stream()):
+        stream = torch.cuda.current_stream()  # and of this thread: a loader's may pin memory
+        with torch.cuda.graph(graph, self.pool, stream, capture_error_mode="thread_local"):
             self.forward_backward(*inputs)
         self.pool = graph.pool()
         return graph.replay
@@ -592,9 +617,11 @@ def side_stream(device):
         yield
         return
     torch.cuda.synchronize(device)
-    with torch.cuda.stream(torch.cuda.Stream(device)):
-        yield
-    torch.cuda.synchronize(device)
+    try:
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            yield
+    finally:  # other streams do not wait for this one
+        torch.cuda.synchronize(device)
 
 
 def train(model, batches, loss, *, epochs, accumulate=1, after_step=None, resume=None, **settings):
@@ -641,16 +668,17 @@ def steps_left(training, batches, accumulate):
     shuffling DataLoader draws its order from that.
     """
     epoch, done = divmod(training.steps, training.steps_per_epoch)
-    now = random_state()
     if done == 0:
-        training.epoch_start = now
+        training.epoch_start = random_state()
         training.sums[0] = 0
-    random_state(training.epoch_start)
-    iterator = iter(batches(epoch))
-    for _ in itertools.islice(iterator, done * accumulate):
-        pass
-    if done > 0:
-        random_state(now)
+        iterator = iter(batches(epoch))
+    else:  # resumed inside an epoch: its order once more, without what is done
+        now = random_state()
+        set_random_state(training.epoch_start)
+        iterator = iter(batches(epoch))
+        for _ in itertools.islice(iterator, done * accumulate):
+            pass
+        set_random_state(now)
     for _ in range(done, training.steps_per_epoch):
         micro_batches = list(itertools.islice(iterator, accumulate))
         if not micro_batches:
@@ -668,12 +696,15 @@ def to_device(batch, device):
     return tree_map_only(torch.Tensor, move, batch)
 
 
-def random_state(states=None):
-    """The states of torch's generators, CPU and CUDA. If given, `states` are set first."""
-    if states:
-        torch.set_rng_state(states[0])
-        torch.cuda.set_rng_state_all(states[1:][:torch.cuda.device_count()])
+def random_state():
+    """The states of torch's generators, CPU and CUDA."""
     return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+
+
+def set_random_state(states):
+    """Puts what random_state() gave back, on as many GPUs as there are."""
+    torch.set_rng_state(states[0])
+    torch.cuda.set_rng_state_all(states[1:][:torch.cuda.device_count()])
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -696,7 +727,7 @@ def set_values(model, values, needed):
 def save_adapter(model, path):
     """Writes what was learned: adapters, modules_to_save, what else requires a gradient, buffers.
 
-    Instead of a matrix still at its random start, the key from which it regrows and a checksum.
+    A matrix still at its random start is replaced by the key from which it regrows, and a checksum.
     """
     check_same_model(model)
     state = model.state_dict()
@@ -768,7 +799,7 @@ def load_checkpoint(training, path):
         training.line = content["line"]
         training.sums.copy_(content["sums"])
         now, training.epoch_start = content["random"]
-        random_state(now)
+        set_random_state(now)
 
 
 def write_file(path, content):

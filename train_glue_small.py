@@ -33,7 +33,7 @@ import aflora
 from aflora import AFLoRAError, AFLoRALinear, blame
 from data.fetch import STAND_IN, model_folder
 from data.text import WordPieceTokenizer, load_task, load_tokenizer
-from data.weights import RENAMED, load_state, read_config, read_weights
+from data.weights import load_state, read_config
 
 
 # ----------------------------------------------------------------------------------------- the BERT
@@ -172,7 +172,7 @@ def load_model(folder, seed, device):
 class Examples:
     """Token ids of all texts, end to end in flat tensors (padding last): a batch is one gather."""
 
-    def __init__(self, rows, tokenizer, max_length=128):
+    def __init__(self, rows, tokenizer: WordPieceTokenizer, max_length=128):
         encoded = [tokenizer.encode(text, pair, max_length) for text, pair, _ in rows]
         self.max_length = max_length
         self.lengths = torch.tensor([len(ids) for ids, _ in encoded])
@@ -400,7 +400,6 @@ def prepare(name, args, task, device, precision):
         preset=preset,
         recipe=recipe,
         model=model,
-        tokenizer=tokenizer,
         weights=weights,
         train=train,
         dev=dev,

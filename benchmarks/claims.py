@@ -55,10 +55,13 @@ def place(name):
 
 
 def choose_preset(given=None):
-    """Reads results/full, if runs are there, else results/quick; or what is given."""
-    full = any((ROOT / "results/full").glob("*-s0.json"))
-    results.FOLDER = ROOT / "results" / (given or ("full" if full else "quick"))
-    return results.FOLDER.name
+    """Reads results/full, if runs of both tasks are there, else results/quick; or what is given."""
+    results.use_preset("full")
+    if not all(results.load(task, AFLORA, SEEDS) for task in TASKS):
+        results.use_preset("quick")
+    if given:
+        results.use_preset(given)
+    return results.PRESET
 
 
 class Replay(AdaptiveFreezer):
@@ -82,7 +85,8 @@ def replayed(task, turns):
     _, adapters = deberta(rank=4, train_matrices=FFN)
     freezer = Replay(adapters, total, t_i=steps, t_f=round(0.7 * total))
     freezer.turns = {name: turns(*place(name), p.numel()) for name, p in freezer.matrices.items()}
-    optimizer = types.SimpleNamespace(state={})
+    held = [{"params": list(freezer.matrices.values())}]
+    optimizer = types.SimpleNamespace(state={}, param_groups=held)
     for _ in range(total):
         freezer.update()
         freezer.freeze(optimizer)

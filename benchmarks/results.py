@@ -2,13 +2,20 @@
 
     python benchmarks/results.py             runs what is not done yet; stop and start at will
     python benchmarks/results.py --table     the tables of what is done, as Markdown
+    ... --preset full --task mrpc            by default quick on a CPU, full on CUDA; both tasks
 
-On a CPU the rows and epochs of the quick preset, under results/quick; on CUDA those of the full
-one, under results/full: never mixed. A cell is one run of the companion (of the question "one shot
-before": of examples/freezenet.py) and one JSON file. First a learning rate is chosen for every
-method and task among four, by the last epoch's dev accuracy on fewer rows with a seed that is not
-reported. A run of a question differs in one thing from AFLoRA's run of the same seed. Texts and
-weights as for train_glue_small.py; on a CPU one thread a run.
+A preset's rows and epochs are the companion's, its results lie under results/PRESET: never mixed.
+A cell is one run of the companion (of the question "one shot before": of examples/freezenet.py)
+and one JSON file; its history has the accuracy after each epoch. A run of a question differs in one
+thing from AFLoRA's run of the same seed (one shot before in two: what it keeps does not decay).
+Texts and weights as for train_glue_small.py.
+
+First a learning rate is chosen for every method and task among four, by the last epoch's accuracy
+with a seed that is not reported. Full: on a fold, every tenth training row, which such a run does
+not train on; dev rows are not looked at. Quick: on dev, with fewer rows to train on.
+
+--jobs N cells run at once, one thread each: as many as there are cores, on CUDA ten. They share the
+GPU better with the driver's multi-process service: `nvidia-cuda-mps-control -d` starts it.
 """
 
 import argparse
@@ -18,7 +25,6 @@ import io
 import json
 import math
 import os
-import statistics
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,13 +35,16 @@ if __name__ != "results":  # several runs at once: their bars would mix
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 import aflora  # noqa: E402
 import train_glue_small as companion  # noqa: E402
+from chance import holm, mean_and_deviation, p_value, spread  # noqa: E402
 from data.fetch import STAND_IN  # noqa: E402
+from data.text import load_task  # noqa: E402
 
 PRESET = "full" if torch.cuda.is_available() else "quick"
 FOLDER = ROOT / "results" / PRESET
+JOBS = 10 if torch.cuda.is_available() else os.cpu_count()
 TASKS = ("sst2", "mrpc")
 AFLORA = "aflora r=4"
 METHODS = {  # arm: flags of the companion, learning rates to choose from
@@ -46,6 +55,8 @@ METHODS = {  # arm: flags of the companion, learning rates to choose from
     "elora r=1024": ("--method elora", (4e-3, 1e-2, 2e-2, 4e-2)),
     AFLORA: ("--method aflora", (4e-3, 1e-2, 2e-2, 4e-2)),
 }
+GROUPS = (  # in the order in which they run
+    (AFLORA, "lora r=8"), ("full", "elora r=1024", "elora r=4"), ("head only",))
 ONE_SHOT = "one shot before"
 QUESTIONS = {  # arm: flags beside AFLoRA's; an arm's order of freezing is its first word
     "|grad|": "--sensitivity gradient",
@@ -57,10 +68,24 @@ QUESTIONS = {  # arm: flags beside AFLoRA's; an arm's order of freezing is its f
     "highest first": "",
     ONE_SHOT: "",
 }
-SEEDS = range(3)
-QUESTION_SEEDS = range(5)
+SEEDS = range(3)  # of the quick preset's methods
+QUESTION_SEEDS = range(5)  # and of all of the full one
+FURTHER_SEEDS = range(5, 10)  # of AFLoRA and LoRA at the full one
 SEARCH_SEED = 100
+FOLD = f"every tenth training row after a shuffle with seed {SEARCH_SEED}, not trained on"
 SEARCH_ROWS = {"sst2": 2000, "mrpc": 1200}
+
+
+def use_preset(name):
+    """From now on the cells are of this preset."""
+    global PRESET, FOLDER
+    PRESET = name
+    FOLDER = ROOT / "results" / name
+
+
+def method_seeds():
+    """The seeds of every method in the preset's main table."""
+    return SEEDS if PRESET == "quick" else QUESTION_SEEDS
 
 
 # ------------------------------------------------------------------------------------- one cell
@@ -116,7 +141,7 @@ class Recorder(aflora.AdaptiveFreezer):
     def simulate_authors(self, means, r):
         """Their rule: r is the share of the elements below a threshold, and a matrix freezes when
         the mean of its elements is not above that."""
-        products = self.split(self.Ibar * self.Ubar)
+        products = {name: (self.Ibar[name] * self.Ubar[name]).flatten() for name in means}
         live = [name for name in means if name not in self.frozen_by_authors]
         count = round(r * sum(len(products[name]) for name in live))
         if count > 0:
@@ -138,7 +163,22 @@ def chosen_rate(task, arm):
     arm = AFLORA if arm in QUESTIONS else arm
     rates = METHODS[arm][1]
     cells = [json.loads(path_of(task, arm, SEARCH_SEED, lr).read_text()) for lr in rates]
-    return max(cells, key=lambda cell: cell["accuracy"])["lr"]
+    return best_of(cells)["lr"]
+
+
+def best_of(cells):
+    """Of search cells in the order of their rates."""
+    return max(cells, key=lambda cell: cell["accuracy"])
+
+
+def load_fold(name, folder=None):
+    """A task whose dev is every tenth training row, as FOLD says, and whose train the others."""
+    task = load_task(name, folder)
+    random = torch.Generator().manual_seed(SEARCH_SEED)
+    rows = [task.train[i] for i in torch.randperm(len(task.train), generator=random)]
+    task.dev = rows[::10]
+    task.train = [row for i, row in enumerate(rows) if i % 10 != 0]
+    return task
 
 
 def command_of(task, arm, seed, lr=None):
@@ -151,7 +191,7 @@ def command_of(task, arm, seed, lr=None):
         own = f"{QUESTIONS[arm]} {own}"
     if arm in ("head only", "full"):
         own += f" --head-lr {rate}"
-    if lr:
+    if lr and PRESET == "quick":
         own += f" --limit {SEARCH_ROWS[task]}"
     flags = METHODS[AFLORA if arm in QUESTIONS else arm][0]
     return f"train_glue_small.py {flags} {own}"
@@ -170,11 +210,13 @@ def result_of(command):
 
 def run(task, arm, seed, lr=None):
     """Runs one cell in this process, writes its file and returns its line."""
-    torch.set_num_threads(1 if PRESET == "quick" else os.cpu_count())
+    torch.set_num_threads(1)
     aflora.AdaptiveFreezer = Recorder  # where the companion looks it up
     Recorder.arm = arm
     Recorder.recipe = companion.RECIPES[PRESET, task]
     Recorder.last = None
+    on_fold = lr and PRESET == "full"
+    companion.load_task = load_fold if on_fold else load_task
     command = command_of(task, arm, seed, lr)
     result = result_of(command)
     if STAND_IN in result["data"]:
@@ -184,20 +226,22 @@ def run(task, arm, seed, lr=None):
         result.pop(key, None)
     result["arm"] = arm
     result["command"] = command
+    if on_fold:
+        result["scored_on"] = FOLD
     result["record"] = None
     freezer = Recorder.last
-    if freezer and freezer.step > 0 and seed == 0 and not lr:  # in one shot it is made, not used
+    if seed == 0 and freezer and freezer.record["step"]:  # in one shot it is made, but never looks
         result["record"] = freezer.record
     aflora.write_file(path_of(task, arm, seed, lr), json.dumps(result).encode())
     return f"{task}, {arm}, seed {seed}, lr {result['lr']:g}: {result['accuracy']:.2f}"
 
 
-def run_all(cells):
-    """Runs the cells that have no file yet, as many at once as there are cores."""
+def run_all(cells, jobs):
+    """Runs the cells that have no file yet, `jobs` at once, in their order."""
     waiting = [cell for cell in cells if not path_of(*cell).exists()]
     print(f"{len(cells)} cells, {len(waiting)} still to do", flush=True)
-    jobs = 1 if PRESET == "full" else os.cpu_count()
-    with ProcessPoolExecutor(jobs, torch.multiprocessing.get_context("spawn")) as pool:
+    processes = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, processes, use_preset, (PRESET,)) as pool:
         try:
             for future in as_completed([pool.submit(run, *cell) for cell in waiting]):
                 print(future.result(), flush=True)
@@ -207,14 +251,25 @@ def run_all(cells):
             raise
 
 
-def run_everything():
-    """All of three seeds first, then the questions' other two."""
-    for seeds, methods in ((SEEDS, list(METHODS)), (QUESTION_SEEDS, [AFLORA])):
-        for task in TASKS:
-            run_all([(task, arm, SEARCH_SEED, lr)
-                     for arm, (_, rates) in METHODS.items() for lr in rates])
-            run_all([(task, arm, seed) for arms in (methods, list(QUESTIONS))
-                     for seed in seeds for arm in arms])
+def search_cells(task, arms):
+    """The cells that choose these arms' rates."""
+    return [(task, arm, SEARCH_SEED, lr) for arm in arms for lr in METHODS[arm][1]]
+
+
+def seed_cells(task, arms, seeds):
+    """These arms' cells, all of one seed before the next."""
+    return [(task, arm, seed) for seed in seeds for arm in arms]
+
+
+def run_everything(tasks, jobs):
+    """Of each task the methods, a group after the other, then the questions."""
+    for task in tasks:
+        for arms in GROUPS:
+            run_all(search_cells(task, arms), jobs)
+            run_all(seed_cells(task, arms, method_seeds()), jobs)
+        run_all(seed_cells(task, [AFLORA, *QUESTIONS], QUESTION_SEEDS), jobs)
+        if PRESET == "full":
+            run_all(seed_cells(task, GROUPS[0], FURTHER_SEEDS), jobs)
 
 
 # --------------------------------------------------------------------------------------- tables
@@ -222,18 +277,6 @@ def load(task, arm, seeds):
     """The results of an arm's finished cells, in the order of the seeds."""
     paths = [path_of(task, arm, seed) for seed in seeds]
     return [json.loads(path.read_text()) for path in paths if path.exists()]
-
-
-def mean_and_deviation(values):
-    """Mean and standard deviation over seeds; one value alone deviates by 0."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return statistics.mean(values), deviation
-
-
-def spread(values, form=".1f"):
-    """Mean ± standard deviation over seeds, as text; of one value the mean alone."""
-    texts = [format(number, form) for number in mean_and_deviation(values)]
-    return " ± ".join(texts if len(values) > 1 else texts[:1])
 
 
 def spread_of(cells, key):
@@ -259,41 +302,86 @@ def table(title, head, lines):
 
 def methods_table(task):
     """Every method on one task."""
+    arms = [(arm, arm, method_seeds()) for arm in METHODS]
+    if PRESET == "full":
+        arms += [(f"{arm}, seeds 5 to 9", arm, FURTHER_SEEDS) for arm in GROUPS[0]]
     lines = []
-    for arm in METHODS:
-        cells = load(task, arm, SEEDS)
+    for name, arm, seeds in arms:
+        cells = load(task, arm, seeds)
         if cells:
             f1 = spread_of(cells, "f1") if cells[0]["f1"] else ""
-            lines.append([arm, f"{cells[0]['lr']:g}", trained_on_average(cells), str(len(cells)),
+            lines.append([name, f"{cells[0]['lr']:g}", trained_on_average(cells), str(len(cells)),
                           spread_of(cells, "accuracy"), f1, spread_of(cells, "best_accuracy")])
     head = ("method", "rate", "trained on average", "seeds", "accuracy", "F1", "best")
     table(task, head, lines)
 
 
+def search_table(task):
+    """What each rate scored in the search, as far as it was run; each method's best is bold."""
+    lines = []
+    for arm, (_, rates) in METHODS.items():
+        paths = [path_of(task, arm, SEARCH_SEED, lr) for lr in rates]
+        cells = [json.loads(path.read_text()) for path in paths if path.exists()]
+        if cells:
+            texts = {cell["lr"]: f"{cell['lr']:g}: {cell['accuracy']:.1f}" for cell in cells}
+            best = best_of(cells)["lr"]
+            texts[best] = f"**{texts[best]}**"
+            lines.append([arm, ", ".join(texts.values()), f"{len(cells)} of {len(rates)}"])
+    scored_on = "dev" if PRESET == "quick" else "the fold"
+    table(f"{task}, the search, accuracy on {scored_on}, seed {SEARCH_SEED}",
+          ("method", "rate: accuracy", "rates run"), lines)
+
+
+def paired(task, arm):
+    """(cells, differences in accuracy from AFLoRA's runs of the same seeds) of a question."""
+    base = {cell["seed"]: cell["accuracy"] for cell in load(task, AFLORA, QUESTION_SEEDS)}
+    cells = [cell for cell in load(task, arm, QUESTION_SEEDS) if cell["seed"] in base]
+    return cells, [cell["accuracy"] - base[cell["seed"]] for cell in cells]
+
+
+def corrected_p_values():
+    """{(task, question): p after Holm's correction}, over both tasks of the preset."""
+    p_values = {}
+    for task in TASKS:
+        for arm in QUESTIONS:
+            _, apart = paired(task, arm)
+            if len(apart) > 1:
+                p_values[task, arm] = p_value(apart)
+    return holm(p_values)
+
+
 def questions_table(task):
     """The questions on one task, as paired differences from AFLoRA's runs of the same seeds."""
-    base = {cell["seed"]: cell["accuracy"] for cell in load(task, AFLORA, QUESTION_SEEDS)}
+    corrected = corrected_p_values()
     lines = []
     for arm in QUESTIONS:
-        cells = [cell for cell in load(task, arm, QUESTION_SEEDS) if cell["seed"] in base]
+        cells, apart = paired(task, arm)
         if cells:
-            apart = [cell["accuracy"] - base[cell["seed"]] for cell in cells]
             mean, deviation = mean_and_deviation(apart)
             error = deviation / len(apart) ** 0.5
+            p = corrected.get((task, arm))
             lines.append([arm, trained_on_average(cells), str(len(cells)),
                           spread_of(cells, "accuracy"), f"{mean:+.2f}",
-                          f"{error:.2f}" if error else ""])
-    head = ("arm", "trained on average", "seeds", "accuracy", "difference", "its standard error")
+                          f"{error:.2f}" if error else "", "" if p is None else f"{p:.2f}"])
+    head = ("arm", "trained on average", "seeds", "accuracy", "difference", "its standard error",
+            f"p, Holm, of {len(corrected)}")
     table(f"{task}, against {AFLORA} of the same seeds", head, lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--table", action="store_true", help="only print what is done")
-    if not parser.parse_args().table:
-        run_everything()
-    for task in TASKS:
+    parser.add_argument("--preset", default=PRESET, choices=("quick", "full"))
+    parser.add_argument("--task", choices=TASKS, help="default: both")
+    parser.add_argument("--jobs", default=JOBS, type=int, help="cells at once")
+    args = parser.parse_args()
+    use_preset(args.preset)
+    tasks = [args.task] if args.task else TASKS
+    if not args.table:
+        run_everything(tasks, args.jobs)
+    for task in tasks:
         methods_table(task)
+        search_table(task)
         questions_table(task)
 
 

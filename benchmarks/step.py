@@ -296,13 +296,14 @@ def flops(arm):
 
 
 def busy(arm):
-    """(kernels of one step, their milliseconds in sum), from the profiler. On CUDA alone."""
+    """(kernels and copies of one step, their ms in sum), from the profiler. On CUDA alone."""
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=kinds) as profiler:
         arm.step()
         wait()
     kernels = [event for event in profiler.events()
-               if event.device_type == torch.autograd.DeviceType.CUDA]
+               if event.device_type == torch.autograd.DeviceType.CUDA
+               and not event.is_user_annotation]  # the optimizer names its own spans
     return len(kernels), sum(event.device_time for event in kernels) / 1000
 
 
@@ -357,7 +358,9 @@ def compare(ways, shape, batch, precision, rounds):
         arms[name] = Arm(adapt, shape, precision, batch)
         logits, found[name] = warm_up(arms[name], allocated)
         if name.endswith(RECORDED):
+            torch.cuda.reset_peak_memory_stats()
             arms[name].record()
+            found[name]["peak_bytes"] = torch.cuda.max_memory_allocated() - allocated
         if CUDA:
             found[name]["kernels"], found[name]["busy_ms"] = busy(arms[name])
         if expected is None:

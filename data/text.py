@@ -14,6 +14,7 @@ from pathlib import Path
 from aflora import AFLoRAError, blame, expect_equal
 from data.fetch import MRPC, MRPC_DEV, SNIPPETS, STAND_IN, fetch
 
+
 def read_table(path, header, label=None):
     """Rows of a tab-separated file, as strings. label: its column; then line 1 is the header."""
     with blame(f"{path} as UTF-8"):

@@ -38,7 +38,7 @@ def load_state(model, folder):
     with blame(path):
         if not path.exists() and list(Path(folder).glob("*.index.json")):
             raise AFLoRAError("the weights are in several shards, see index.json there: write one "
-                              "file, by transformers' save_pretrained(folder, max_shard_size='9GB')")
+                              "file, save_pretrained(folder, max_shard_size='9GB') of transformers")
         state = {}
         for name, tensor in read_weights(path).items():
             for old, new in RENAMED.items():

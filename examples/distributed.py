@@ -6,7 +6,7 @@
 Each process takes its share of every batch. The gradients of what still trains are averaged in
 one flat all-reduce before they are scored. So every process freezes the same matrices at the same
 step, and less is sent the more is frozen. (DistributedDataParallel's buckets are fixed when it
-wraps a model, and fail when requires_grad changes.)
+wraps a model: it would send what is frozen, too, and fail without find_unused_parameters.)
 
 All that AFLoRA needs for it stands in ProcessGroupTraining. A run leaves adapter.pt and
 result.json in the folder --out, by default runs/distributed.

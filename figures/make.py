@@ -8,11 +8,14 @@
 freeze_map   when each matrix froze, mean over seeds       scores  the scores, until each froze
 schedule     share frozen, parameters trained, over steps  rules   the paper's rule, the authors'
 accuracy     every method against what it trains           layer   the adapted layer, needs no run
+curves       accuracy after each epoch, full preset alone
+freezing     the matrices drop out, step by step: an animation, freezing.gif
 One preset a picture, never both: the full one where there are results of it.
 """
 
 import argparse
 import itertools
+import json
 import math
 import sys
 from pathlib import Path
@@ -20,6 +23,7 @@ from pathlib import Path
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.animation import FuncAnimation, PillowWriter  # noqa: E402
 from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,6 +188,66 @@ def draw_trained(axes, run, gone, edges):
              ylim=(0, None))
 
 
+def freezing():
+    """The freeze map empties while the realised share climbs behind r(t): returns an animation."""
+    run, = cells_of("sst2", AFLORA, [0])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.1), width_ratios=(1.15, 1))
+
+    def draw(step):
+        left.clear()
+        right.clear()
+        draw_live(left, run, step)
+        draw_share(right, run, step)
+
+    return FuncAnimation(figure, draw, moments_of(run))
+
+
+def moments_of(run):
+    """The step of each frame, a third of a second long: t_i, the looks that froze, a rest."""
+    first, last, _ = steps_of(run)
+    return [first] * 3 + sorted(set(run["frozen_at"].values())) + [last] * 12
+
+
+def draw_live(axes, run, step):
+    """Matrices x layers after a step: blue what trains, pale what is frozen, with its step."""
+    size = sizes(run)
+    trained = run["trainable_start"]
+    for name, at in run["frozen_at"].items():
+        depth, kind = place(name)
+        y = KINDS.index(kind)
+        frozen = at <= step
+        way = WAYS["frozen" if frozen else "trained"]
+        axes.add_patch(Rectangle((depth + 0.04, y + 0.05), 0.92, 0.9, **way))
+        if frozen:
+            trained -= size[name]
+            axes.text(depth + 0.5, y + 0.5, at, ha="center", va="center", fontsize=8.5,
+                      color="black" if at == step else GREY,
+                      weight="bold" if at == step else "normal")
+    depth = 1 + max(place(name)[0] for name in run["frozen_at"])
+    axes.set(xlim=(0, depth), ylim=(len(KINDS), 0), xlabel="layer",
+             title=f"step {step}: {trained:,} adapter parameters train")
+    axes.set_xticks([i + 0.5 for i in range(depth)], range(depth))
+    axes.set_yticks([i + 0.5 for i in range(len(KINDS))], KINDS)
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+
+
+def draw_share(axes, run, step):
+    """The plan, r(t), and the realised share up to a step."""
+    total = run["steps"]
+    steps = [0, *(at for at in run["frozen_at"].values() if at <= step), step]
+    count = len(steps) - 2
+    shares = [100 * i / len(run["frozen_at"]) for i in [*range(count + 1), count]]
+    axes.plot(range(total + 1), scheduled(run), color=ORANGE, label="scheduled, r(t)")
+    axes.step(steps, shares, where="post", color=BLUE, linewidth=1.8, label="realised")
+    axes.plot(step, shares[-1], "o", color=BLUE, clip_on=False)
+    axes.legend(loc="lower right")
+    axes.set(xlim=(0, total), ylim=(0, 103), xlabel="optimizer step",
+             ylabel="share of A and B that is frozen (%)",
+             title=f"{count} of {len(run['frozen_at'])} matrices frozen")
+
+
 def scores():
     """The score of each matrix until it froze: of six matrices by name, of the others in grey."""
     run, = cells_of("sst2", AFLORA, [0])
@@ -290,9 +354,69 @@ def rules():
     last_axes.legend(loc="lower right")
 
 
+def curves():
+    """Accuracy after each epoch at the full preset, on the fold of the search and on dev."""
+    chosen = results.FOLDER
+    results.FOLDER = ROOT / "results/full"
+    try:
+        there = [(task, lines) for task in TASKS for lines in (fold_lines(task), dev_lines(task))
+                 if lines]
+    finally:
+        results.FOLDER = chosen
+    if not there:
+        raise FileNotFoundError("no run in results/full")
+    width = 8.4 if len(there) > 1 else 5.6
+    _, panels = plt.subplots(1, len(there), figsize=(width, 3.6), squeeze=False)
+    for axes, (task, lines) in zip(panels[0], there):
+        for line in lines:
+            draw_curve(axes, **line)
+        cell = lines[0]["cells"][0]
+        rows = "a tenth of the training rows" if "scored_on" in cell else "dev"
+        axes.set(title=f"{TITLES[task]}, accuracy on {rows}", xlabel="epoch",
+                 ylabel="accuracy (%)", xticks=range(1, cell["epochs"] + 1))
+        axes.legend(loc="lower right")
+
+
+def fold_lines(task):
+    """A line for each rate of the search: what draw_curve takes."""
+    lines = []
+    for arm, (_, rates) in METHODS.items():
+        for lr, look in zip(rates, ("-", "--", ":", "-.")):
+            path = results.path_of(task, arm, results.SEARCH_SEED, lr)
+            if path.exists() and arm in LOOKS:
+                cells = [json.loads(path.read_text())]
+                lines.append({"arm": arm, "more": f", rate {lr:g}", "look": look, "cells": cells})
+    return lines
+
+
+def dev_lines(task):
+    """A line for each method, of all its seeds."""
+    lines = []
+    for arm in LOOKS:
+        cells = results.load(task, arm, QUESTION_SEEDS)
+        if cells:
+            more = f", {len(cells)} seeds" if len(cells) > 1 else f", seed {cells[0]['seed']}"
+            lines.append({"arm": arm, "more": more, "look": "-", "cells": cells})
+    return lines
+
+
+def draw_curve(axes, arm, more, look, cells):
+    """The mean over the cells after each epoch, and a band of a standard deviation around it."""
+    colour, marker = LOOKS[arm]
+    epochs = [line["epoch"] for line in cells[0]["history"]]
+    points = [mean_and_deviation([cell["history"][i]["accuracy"] for cell in cells])
+              for i in range(len(epochs))]
+    axes.plot(epochs, [mean for mean, _ in points], look, color=colour, marker=marker,
+              markersize=4, label=LABELS[arm] + more)
+    axes.fill_between(epochs, [mean - apart for mean, apart in points],
+                      [mean + apart for mean, apart in points], color=colour, alpha=0.2,
+                      linewidth=0)
+
+
 # --------------------------------------------------------------------------------------- the layer
 WAYS = {  # how a part looks that
     "trained": {"facecolor": BLUE, "edgecolor": BLUE},
+    "frozen": {"facecolor": "#EEEEEE", "edgecolor": PALE},
     "rests": {"facecolor": PALE, "edgecolor": BLUE, "linestyle": "--", "linewidth": 1.3},
     "random": {"facecolor": "white", "edgecolor": GREY, "hatch": "//////"},
     "given": {"facecolor": "#BDBDBD", "edgecolor": GREY},
@@ -353,7 +477,7 @@ def draw_part(axes, place, height, widths, way, word, note):
     axes.text(x + 2.05, y + height / 2, note, va="center", fontsize=8.5)
 
 
-PICTURES = (freeze_map, schedule, scores, accuracy, rules, layer)
+PICTURES = (freeze_map, schedule, freezing, scores, accuracy, curves, rules, layer)
 
 
 def main():
@@ -372,8 +496,13 @@ def main():
         if not args.names or draw.__name__ in args.names:
             path = ROOT / f"figures/{draw.__name__}.{args.format}"
             try:
-                draw()
-                plt.savefig(path, dpi=150, metadata={"Date": None} if args.format == "svg" else {})
+                moving = draw()
+                if moving:
+                    path = path.with_suffix(".gif")
+                    moving.save(path, PillowWriter(fps=3), dpi=100)
+                else:
+                    metadata = {"Date": None} if args.format == "svg" else {}
+                    plt.savefig(path, dpi=150, metadata=metadata)
                 print(path.relative_to(ROOT))
             except FileNotFoundError as missing:
                 print(f"{path.name} not drawn: {missing}; python benchmarks/results.py makes it")

@@ -144,17 +144,18 @@ def test_an_optimizer_that_moves_all_by_one_direction_is_refused():
     tiny.loss_of(model, tiny.data()[0]).backward()
     for _ in range(10):
         freezer.update()
-    with pytest.raises(AFLoRAError, match="not L-BFGS"):
+    with pytest.raises(AFLoRAError, match="L-BFGS would move what is frozen"):
         freezer.freeze(optimizer)
 
 
 def test_freeze_without_update_is_refused():
-    """Scores that were never computed are all alike: the order would be the model's."""
-    model, layers = tiny.adapted()
-    freezer = AdaptiveFreezer(layers, 20, 0, 20)
-    optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(AFLoRAError, match="call update\\(\\) at each step"):
-        freezer.freeze(optimizer)
+    """Nothing would ever freeze; or, at t_f = T, all at once with scores never computed."""
+    for t_f in (5, 20):
+        model, layers = tiny.adapted()
+        freezer = AdaptiveFreezer(layers, 20, 0, t_f)
+        optimizer = torch.optim.AdamW(model.parameters())
+        with pytest.raises(AFLoRAError, match="call update\\(\\) in each step, before freeze"):
+            freezer.freeze(optimizer)
 
 
 def test_a_freezer_left_out_at_resume_is_refused():

@@ -1,0 +1,317 @@
+"""The evidence: how its cells run and are judged, and that the pages print what its files hold."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import aflora
+import train_glue_small as companion
+from data.text import load_task
+
+ROOT = Path(aflora.__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import chance  # noqa: E402
+import results  # noqa: E402
+
+AFLORA = results.AFLORA
+LABELS = {"full fine-tuning": "full", "**AFLoRA r=4**": AFLORA}  # README's names
+
+
+# ------------------------------------------------------------------------------------ running cells
+@pytest.fixture
+def cells(folder, tmp_path, monkeypatch):
+    """Cells run on the tiny BERT and texts, and leave their files in an empty folder."""
+    monkeypatch.setenv("AFLORA_DATA", str(folder))
+    monkeypatch.setattr(companion, "model_folder", lambda: folder)
+    for name in ("PRESET", "FOLDER"):
+        monkeypatch.setattr(results, name, getattr(results, name))
+    monkeypatch.setattr(companion, "load_task", load_task)
+    monkeypatch.setattr(aflora, "AdaptiveFreezer", aflora.AdaptiveFreezer)
+    seen = []  # the tasks that the companion was given
+    prepare = companion.prepare
+
+    def watched(name, args, task, device, precision):
+        seen.append(task)
+        return prepare(name, args, task, device, precision)
+
+    monkeypatch.setattr(companion, "prepare", watched)
+
+    def start(preset):
+        results.use_preset(preset)
+        results.FOLDER = tmp_path / preset
+        return seen
+
+    return start
+
+
+def read(task, arm, seed, lr=None):
+    return json.loads(results.path_of(task, arm, seed, lr).read_text())
+
+
+def search_with(task, arm, accuracies):
+    """Leaves search cells with these accuracies, a rate each."""
+    results.FOLDER.mkdir(exist_ok=True)
+    for lr, accuracy in zip(results.METHODS[arm][1], accuracies):
+        path = results.path_of(task, arm, results.SEARCH_SEED, lr)
+        path.write_text(json.dumps({"lr": lr, "accuracy": accuracy}))
+
+
+def test_a_rate_of_the_full_preset_is_chosen_without_dev(cells, folder):
+    """Its search cell trains on nine tenths of the training rows and is scored on the last."""
+    seen = cells("full")
+    results.run("mrpc", "lora r=8", results.SEARCH_SEED, 1e-3)
+    given, = seen
+    whole = load_task("mrpc", folder)
+    assert len(whole.train) == 16
+    assert len(given.dev) == 2
+    assert sorted(given.train + given.dev) == sorted(whole.train)
+    assert not set(given.train + given.dev) & set(whole.dev)
+    cell = read("mrpc", "lora r=8", results.SEARCH_SEED, 1e-3)
+    assert cell["accuracy"] in (0, 50, 100)  # of two rows
+    assert cell["scored_on"] == results.FOLD
+    assert [line["epoch"] for line in cell["history"]] == list(range(1, 9))
+
+    search_with("mrpc", "lora r=8", (70, 80, 75, 60))
+    results.run("mrpc", "lora r=8", 0)  # the next cell sees the task itself
+    _, given = seen
+    assert given.train == whole.train
+    assert given.dev == whole.dev
+    assert "scored_on" not in read("mrpc", "lora r=8", 0)
+
+
+def test_the_fold_is_the_same_every_time_and_shuffled(folder, monkeypatch):
+    monkeypatch.setenv("AFLORA_DATA", str(folder))
+    whole = load_task("sst2", folder)
+    one = results.load_fold("sst2", folder)
+    other = results.load_fold("sst2", folder)
+    assert one.dev == other.dev
+    assert one.train == other.train
+    assert len(one.dev) == 3  # of 24
+    assert one.dev != whole.train[::10]
+
+
+def test_the_quick_preset_searches_on_fewer_rows(cells):
+    cells("quick")
+    command = results.command_of("mrpc", AFLORA, results.SEARCH_SEED, 1e-2)
+    assert command.endswith("--task mrpc --preset quick --seed 100 --lr 0.01 --limit 1200")
+    results.use_preset("full")
+    command = results.command_of("mrpc", AFLORA, results.SEARCH_SEED, 1e-2)
+    assert command.endswith("--preset full --seed 100 --lr 0.01")
+
+
+def test_the_best_rate_is_taken_of_equal_ones_the_lower(cells):
+    cells("full")
+    with pytest.raises(FileNotFoundError):
+        results.chosen_rate("mrpc", AFLORA)
+    search_with("mrpc", AFLORA, (70, 80, 80))
+    with pytest.raises(FileNotFoundError):  # one is still to be run
+        results.chosen_rate("mrpc", AFLORA)
+    search_with("mrpc", AFLORA, (70, 80, 80, 79))
+    assert results.chosen_rate("mrpc", AFLORA) == 1e-2
+    assert results.chosen_rate("mrpc", "never frozen") == 1e-2  # a question takes AFLoRA's
+
+
+def test_a_cell_says_what_was_run_and_nothing_of_the_machine(cells, folder):
+    """Seed 0 keeps the scores at each look; one shot before, which never looks, keeps none."""
+    cells("full")
+    search_with("mrpc", AFLORA, (70, 80, 75, 60))
+    for arm in (AFLORA, results.ONE_SHOT):
+        results.run("mrpc", arm, 0)
+    cell = read("mrpc", AFLORA, 0)
+    assert cell["arm"] == AFLORA
+    assert cell["lr"] == 1e-2
+    assert cell["command"].startswith("train_glue_small.py --method aflora --task mrpc")
+    looks = cell["record"]["step"]
+    assert set(cell["frozen_at"].values()) <= set(looks)
+    assert len(cell["record"]["scores"]) == len(looks) > 0
+    assert read("mrpc", results.ONE_SHOT, 0)["record"] is None
+    for path in results.FOLDER.iterdir():
+        text = path.read_text()
+        assert str(folder) not in text
+        assert "seconds" not in text
+
+
+def test_cells_run_in_their_order_and_each_once(cells, monkeypatch):
+    """AFLoRA and LoRA first, a search before what it chooses for, at last the questions."""
+    cells("full")
+    order = []
+
+    def record(cells, jobs):
+        assert jobs == 3
+        order.extend(cells)
+
+    monkeypatch.setattr(results, "run_all", record)
+    results.run_everything(["mrpc"], 3)
+    assert {task for task, *_ in order} == {"mrpc"}
+    searched = [(arm, lr[0]) for _, arm, _, *lr in order if lr]
+    assert sorted(searched) == sorted((arm, lr) for arm, (_, rates) in results.METHODS.items()
+                                      for lr in rates)
+    first = [(arm, seed) for _, arm, seed, *lr in order if not lr][:10]
+    assert first == [(arm, seed) for seed in range(5) for arm in (AFLORA, "lora r=8")]
+    places = {cell: i for i, cell in reversed(list(enumerate(order)))}
+    for _, arm, seed, *lr in order:
+        if not lr and arm in results.METHODS:
+            last_rate = results.METHODS[arm][1][-1]
+            assert places["mrpc", arm, 100, last_rate] < places["mrpc", arm, seed]
+    methods = [places["mrpc", arm, 4] for arm in results.METHODS]
+    questions = [places["mrpc", arm, 0] for arm in results.QUESTIONS]
+    assert max(methods) < min(questions)
+    assert {seed for _, arm, seed, *_ in order if arm == "lora r=8"} == {*range(10), 100}
+
+
+def test_only_cells_without_a_file_run(cells, monkeypatch):
+    """The others are found again, by processes that know the preset."""
+    cells("full")
+    started = []
+
+    class Pool:
+        def __init__(self, jobs, context, initializer, given):
+            started.append((jobs, initializer, given))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return False
+
+        def submit(self, function, *cell):
+            started.append(cell)
+            return cell
+
+    monkeypatch.setattr(results, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(results, "as_completed", lambda cells: [])
+    search_with("mrpc", AFLORA, (70, 80))
+    results.run_all(results.search_cells("mrpc", [AFLORA]), 7)
+    pool, *waiting = started
+    assert pool == (7, results.use_preset, ("full",))
+    assert waiting == [("mrpc", AFLORA, 100, 2e-2), ("mrpc", AFLORA, 100, 4e-2)]
+
+
+def test_the_authors_rule_by_hand():
+    """Of elements 1 1 1 9 | 2 2 2 2 | 3 3 3 4, means 3, 2, 3.25, half: the sixth smallest is 2."""
+    recorder = results.Recorder.__new__(results.Recorder)
+    values = {"a": [1, 1, 1, 9], "b": [2, 2, 2, 2], "c": [3, 3, 3, 4]}
+    recorder.Ibar = {name: torch.tensor(v).float().view(2, 2) for name, v in values.items()}
+    recorder.Ubar = {name: torch.ones(2, 2) for name in values}
+    recorder.frozen_by_authors = []
+    means = {name: sum(v) / 4 for name, v in values.items()}
+    recorder.simulate_authors(means, 0)
+    assert recorder.frozen_by_authors == []
+    recorder.simulate_authors(means, 0.5)
+    assert recorder.frozen_by_authors == ["b"]
+    recorder.simulate_authors(means, 0.5)  # of 1 1 1 9 | 3 3 3 4 the fourth is 3
+    assert recorder.frozen_by_authors == ["b", "a"]
+
+
+# ------------------------------------------------------------------------------------------- chance
+@pytest.mark.parametrize("count, t, p", [
+    (2, 12.7062, 0.05), (3, 4.30265, 0.05), (5, 2.77645, 0.05), (5, 4.60409, 0.01),
+    (10, 2.26216, 0.05), (10, 0.70272, 0.5)])
+def test_p_values_are_those_of_the_printed_tables(count, t, p):
+    """The quantiles of Student's t that every textbook has, on differences made to give them."""
+    values = torch.arange(count, dtype=torch.float64)
+    values = (values - values.mean()) / values.std()
+    differences = (values + t / count**0.5).tolist()
+    assert chance.p_value(differences) == pytest.approx(p, rel=1e-4)
+    assert chance.p_value([-x for x in differences]) == pytest.approx(p, rel=1e-4)
+
+
+def test_p_values_at_the_edges():
+    assert chance.p_value([0.0, 0.0, 0.0]) == 1
+    assert chance.p_value([-1.0, 1.0]) == pytest.approx(1)
+    assert chance.p_value([2.0, 2.0, 2.0]) == pytest.approx(0, abs=1e-6)
+
+
+def test_holm_by_hand():
+    """0.005 x 4, 0.01 x 3, 0.03 x 2, and 0.04 x 1 lifted to its neighbour's; never above 1."""
+    p_values = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}
+    expected = {"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06}
+    assert chance.holm(p_values) == pytest.approx(expected)
+    assert chance.holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+    assert chance.holm({}) == {}
+
+
+# ---------------------------------------------------------------------------------------- the pages
+@pytest.fixture
+def committed(monkeypatch):
+    """The tables of a preset's committed files: committed(preset) -> what --table prints."""
+    for name in ("PRESET", "FOLDER"):
+        monkeypatch.setattr(results, name, getattr(results, name))
+
+    def printed(preset, capsys):
+        monkeypatch.setattr(sys, "argv", ["results.py", "--table", "--preset", preset])
+        results.main()
+        return capsys.readouterr().out
+
+    return printed
+
+
+@pytest.mark.parametrize("preset", ["quick", "full"])
+def test_results_readme_has_the_tables_that_are_printed(committed, preset, capsys):
+    """Word for word, as one block a preset."""
+    printed = committed(preset, capsys).strip()
+    assert printed
+    assert printed in (ROOT / "results/README.md").read_text(encoding="utf-8")
+
+
+def rows_of(page, head):
+    """The rows of the table on a page whose head begins so, as lists of cells."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    table = text[text.index(head):].split("\n\n")[0]
+    _, _, *lines = table.splitlines()
+    cut = [re.split(r"(?<!\\)\|", line.strip("|")) for line in lines]
+    return [[cell.strip().replace(r"\|", "|") for cell in cells] for cells in cut]
+
+
+def test_the_readme_has_the_numbers_of_the_files(committed):
+    """Its table of methods, at the quick preset."""
+    results.use_preset("quick")
+    rows = rows_of("README.md", "| method | adapter parameters trained, average |")
+    assert len(rows) == len(results.METHODS)
+    for name, trained, *scores in rows:
+        arm = LABELS.get(name, name.lower())
+        sst2 = results.load("sst2", arm, results.SEEDS)
+        mrpc = results.load("mrpc", arm, results.SEEDS)
+        counts = [results.trained_on_average(cells) for cells in (sst2, mrpc)]
+        assert trained == " / ".join(dict.fromkeys(counts))
+        assert scores == [results.spread_of(sst2, "accuracy"), results.spread_of(mrpc, "accuracy"),
+                          results.spread_of(mrpc, "f1")]
+
+
+def test_the_short_table_of_questions_has_the_numbers_of_the_files(committed):
+    """Differences and standard errors; p after Holm's correction is below 0.05 where it is bold."""
+    results.use_preset("quick")
+    corrected = results.corrected_p_values()
+    rows = rows_of("results/README.md", "| arm | trained on average | SST-2, difference |")
+    assert [arm for arm, *_ in rows] == list(results.QUESTIONS)
+    for arm, trained, *cells in rows:
+        counts = []
+        for task, text, seeds in zip(("sst2", "mrpc"), cells[::2], cells[1::2]):
+            runs, apart = results.paired(task, arm)
+            counts.append(results.trained_on_average(runs))
+            mean, deviation = results.mean_and_deviation(apart)
+            expected = f"{mean:+.2f} ± {deviation / len(apart) ** 0.5:.2f}"
+            bold = corrected[task, arm] < 0.05
+            assert text == (f"**{expected}**" if bold else expected)
+            assert seeds == str(len(apart))
+        assert trained == " / ".join(dict.fromkeys(counts))
+
+
+def test_committed_runs_are_whole_and_of_no_machine(committed):
+    """Every file of results/quick and results/full is a cell under its own name."""
+    paths = sorted(ROOT.glob("results/quick/*.json")) + sorted(ROOT.glob("results/full/*.json"))
+    assert len(paths) > 150
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        cell = json.loads(text)
+        results.use_preset(path.parent.name)
+        lr = cell["lr"] if path.name.startswith("search-") else None
+        assert results.path_of(cell["task"], cell["arm"], cell["seed"], lr) == path
+        assert cell["preset"] == path.parent.name
+        assert not re.search(r'[" ]/\w+/', text)  # an absolute path
+        assert cell["accuracy"] == cell["history"][-1]["accuracy"]
+        assert ("scored_on" in cell) == bool(lr and cell["preset"] == "full")
