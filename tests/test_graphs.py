@@ -128,6 +128,24 @@ def test_the_third_batch_of_a_shape_is_recorded(tape):
     assert tape[5:] == [((16, 8), 2), "replay", "replay"]
 
 
+def test_gradients_stay_where_they_are(tape):
+    """A recording adds to memory, not to names: they are zeroed in place, but for what froze."""
+    model, layers = tiny.adapted()
+    freezer = AdaptiveFreezer(layers, 100, 0, 20)
+    training = Training(
+        model, tiny.loss_of, total_steps=100, lr=1e-2, freezer=freezer, graphs=True)
+    training.step([tiny.data()[0]])
+    places = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert None not in places.values()
+    for batch in [*tiny.data(), *tiny.data()]:
+        training.step([batch])
+    assert len(freezer.frozen_at) > 0
+    for name, p in model.named_parameters():
+        assert p.grad is (places[name] if p.requires_grad else None)
+        if p.grad is not None:
+            assert not p.grad.any()
+
+
 def test_what_froze_is_forgotten(tape):
     """After a step that froze something each shape is recorded anew, at its next batch."""
     model, layers = tiny.adapted()
