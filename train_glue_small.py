@@ -541,7 +541,7 @@ class Run:
         self.seconds = self.lines[-1]["seconds"] if self.lines else 0.0
         if len(self.history()) != (training.steps - 1) // training.steps_per_epoch:
             raise AFLoRAError(f"{self.out}: log.jsonl lacks epochs that the checkpoint has passed")
-        for name in ("result.json", "freeze_map.txt", "*.part"):
+        for name in ("adapter.pt", "result.json", "freeze_map.txt", "*.part"):
             for path in self.out.glob(name):
                 path.unlink()
         content = dict(flags=self.flags, checksums=self.experiment.checksums)

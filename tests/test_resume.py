@@ -243,6 +243,19 @@ def test_checkpoint_every(folder, monkeypatch, every, steps):
     assert saved == steps
 
 
+def test_a_new_run_leaves_nothing_of_the_old_one_beside_its_log(folder, monkeypatch):
+    """From its first step on: an adapter of another seed would be taken for this run's."""
+    assert run_main(folder, "--epochs 1") == 0
+
+    def dies(run, line):
+        raise RuntimeError("no light")
+
+    monkeypatch.setattr(glue.Run, "log", dies)
+    with pytest.raises(RuntimeError, match="no light"):
+        run_main(folder, "--epochs 1 --seed 1")
+    assert sorted(os.listdir(folder / "out")) == ["log.jsonl", "run.json"]
+
+
 def test_killed_runs_resume():
     """The short form of kill.py: SIGKILL at a random moment of a whole process loses nothing."""
     assert kill.main(1, epochs=10) == 1
