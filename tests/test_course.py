@@ -127,7 +127,7 @@ def test_the_notebook_names_no_machine():
     for cell in CODE.values():
         for output in cell["outputs"]:
             assert not MACHINE.search("".join(output.get("text", ())))
-    assert MACHINE.search("in /tmp/x") and MACHINE.search("C:\\x")
+    assert MACHINE.search("in /home/x") and MACHINE.search("C:\\x")
 
 
 def test_pictures_are_committed():

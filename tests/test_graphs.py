@@ -81,7 +81,7 @@ def two_shapes():
     return [*batches, (x[:5], labels[:5])]
 
 
-# --------------------------------------------------------------------------- with a stand-in, on CPUs
+# ------------------------------------------------------------------------ with a stand-in, on CPUs
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_recorded_equals_eager(tape, precision, accumulate):
@@ -262,7 +262,7 @@ def test_on_cuda_texts_are_padded_to_multiples_of_eight(monkeypatch, folder):
     assert long.collate(torch.arange(1))[0].shape == (1, 12)  # the model has no more positions
 
 
-# -------------------------------------------------------------------------------------- real, on CUDA
+# ----------------------------------------------------------------------------------- real, on CUDA
 @CUDA
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_recorded_on_cuda_equals_eager(precision):

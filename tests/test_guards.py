@@ -77,7 +77,7 @@ def test_a_copy_is_a_model_of_its_own(tmp_path):
     save_adapter(other, tmp_path / "a.pt")
 
 
-# ------------------------------------------------------------------------ adapters without gradients
+# --------------------------------------------------------------------- adapters without gradients
 class Bypass(nn.Module):
     """Uses a linear module's weight without calling it."""
 
@@ -100,7 +100,7 @@ class Reentrant(Bypass):
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("kind", [Bypass, Reentrant])
 def test_an_adapter_that_no_gradient_reaches_is_named(kind):
-    """It would stay at its start for the whole run. Said in the first step, also without freezer."""
+    """It would stay at its start for the whole run. Said at once, also without freezer."""
     model = kind()
     add_adapters(model, ["up"], modules_to_save=["head"])
     with pytest.raises(AFLoRAError, match="no gradient reached up: .*use_reentrant=False"):
