@@ -132,7 +132,7 @@ def add_adapters(model, targets, rank=4, train_matrices="all", modules_to_save=(
     for p in itertools.chain(*(modules[name].parameters() for name in saved)):
         p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
         p.requires_grad_(True)
-    model.adapter_names = learned_names(model)  # what a file covers, also where it will be frozen
+    model.adapter_names = [*learned_values(model)]  # in files, also when they will be frozen
     model.adapter_config = dict(targets=names, rank=rank, train_matrices=trained,
                                 modules_to_save=saved, seed=seed)
     for name in set(names) - set(trained):
@@ -147,17 +147,15 @@ def find(targets, names):
     for target in [targets] if isinstance(targets, str) else targets:
         hits = [target] if target in names else [n for n in names if n.endswith(f".{target}")]
         if not hits:
-            there = ", ".join(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
-            raise AFLoRAError(f"{target!r} selects none of: {there} (what has no in_features, like "
-                              "the Conv1D of GPT-2 in transformers, is not supported)")
+            there = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+            raise AFLoRAError(f"{target!r} selects nothing; there are: {there} (what has no "
+                              "in_features, like GPT-2's Conv1D in transformers, is not supported)")
         found.update(hits)
     return [name for name in names if name in found]
 
 
 def check_places(modules, names, saved):
-    """Raises AFLoRAError where nothing would train, a place is wrong, or the model is wrapped."""
-    if not names and not saved:
-        raise AFLoRAError("neither targets nor modules_to_save: nothing would train")
+    """Raises AFLoRAError where a place is wrong, or the model is wrapped."""
     for module in modules.values():
         if isinstance(module, WRAPPERS) or hasattr(module, "_orig_mod"):
             raise AFLoRAError("add adapters to the plain model, then wrap it: before torch.compile "
@@ -191,14 +189,14 @@ def merge_adapters(model):
     """
     merged = {}
     for name, layer in adapters_of(model).items():
-        with blame(f"{name}, a {type(layer.base).__name__}, cannot be merged"):
-            W0 = layer.base.get_parameter("weight")
-            delta = layer.delta_weight()
-            if W0.shape != delta.shape or not W0.is_floating_point():
-                raise AFLoRAError(f"its weight of {W0.dtype} is no plain one to add to")
+        delta = layer.delta_weight()
+        W0 = dict(layer.base.named_parameters()).get("weight")
+        plain = W0 is not None and W0.is_floating_point() and W0.shape == delta.shape
+        if plain:
             merged[layer] = (W0 + delta).to(W0.dtype)
-            if not merged[layer].isfinite().all():
-                raise AFLoRAError(f"the sum is not finite in {W0.dtype}: merge in float32")
+        if not plain or not merged[layer].isfinite().all():
+            raise AFLoRAError(f"{name} cannot be merged: its {type(layer.base).__name__} needs a "
+                              "plain weight, of a type in which the sum is finite, as float32")
     for layer, weight in merged.items():  # a new parameter: another module may share the old one
         layer.base.weight = nn.Parameter(weight, requires_grad=False)
     replace_modules(model, {layer: layer.base for layer in merged})
@@ -421,7 +419,9 @@ class Training:
 
     def __init__(self, model, loss, *, total_steps, lr, head_lr=None, freezer=None,
                  precision="fp32", clip=1.0, warmup=0.06, weight_decay=0.0, graphs=False):
-        head_lr = lr if head_lr is None else head_lr
+        lr = float(lr)
+        head_lr = lr if head_lr is None else float(head_lr)
+        weight_decay = float(weight_decay)
         total_steps = whole("total_steps", total_steps, 1)
         if not all(0 < value < math.inf for value in (lr, head_lr, clip)):
             raise AFLoRAError("lr, head_lr and clip have to be above 0, and finite")
@@ -440,21 +440,20 @@ class Training:
         self.warmup = warmup
         self.precision = precision
         self.device = next(model.parameters()).device
-        dtype = COMPUTE_TYPES[precision]
-        self.autocast = torch.autocast(self.device.type, dtype, enabled=precision != "fp32")
+        self.autocast = autocast(self.device, precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         groups = parameter_groups(model, lr, head_lr, weight_decay)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.recorder = GraphRecorder(self.forward_backward) if graphs else None
-        self.learned = learned_names(model)
         self.steps = 0
         self.line = dict(step=0)  # of the log: the last report()
+        self.notes = {}  # the caller's own, plain values that a checkpoint is to keep
         self.epoch_start = random_state()  # the random state at the start of this epoch
         # The epoch's losses, and the run's skipped steps. On the device: reading them waits for it
         self.sums = torch.zeros(2, device=self.device)
         self.plan = dict(  # has to be equal on resume
-            total_steps=total_steps, lr=float(lr), head_lr=float(head_lr), precision=precision,
-            clip=float(clip), warmup=float(warmup), weight_decay=float(weight_decay),
+            total_steps=total_steps, lr=lr, head_lr=head_lr, weight_decay=weight_decay,
+            precision=precision, clip=float(clip), warmup=float(warmup),
             freezer=freezer is not None, **getattr(model, "adapter_config", {}))
 
     def rate(self):
@@ -524,6 +523,11 @@ class Training:
             self.line["frozen"] = len(self.freezer.frozen_at) / len(self.freezer.matrices)
 
 
+def autocast(device, precision):
+    """The context in which matrix products are computed in "bf16" or "fp16"; none for "fp32"."""
+    return torch.autocast(device.type, COMPUTE_TYPES[precision], enabled=precision != "fp32")
+
+
 def parameter_groups(model, lr, head_lr, weight_decay):
     """For AdamW: modules_to_save have a rate of their own, vectors and biases have no decay."""
     if adapters_of(model):
@@ -533,12 +537,10 @@ def parameter_groups(model, lr, head_lr, weight_decay):
     groups = {}
     for p in model.parameters():
         if p.requires_grad:
-            peak = float(head_lr if p in head else lr)
-            decay = float(weight_decay if p.ndim > 1 else 0)
-            key = (peak, decay)
-            if key not in groups:
-                groups[key] = dict(params=[], lr=peak, peak_lr=peak, weight_decay=decay)
-            groups[key]["params"].append(p)
+            peak = head_lr if p in head else lr
+            decay = weight_decay if p.ndim > 1 else 0.0
+            empty = dict(params=[], lr=peak, peak_lr=peak, weight_decay=decay)
+            groups.setdefault((peak, decay), empty)["params"].append(p)
     if not groups:
         raise AFLoRAError("nothing in this model is trainable: add_adapters() first")
     return list(groups.values())
@@ -708,17 +710,20 @@ def set_random_state(states):
 
 
 # -------------------------------------------------------------------------------------------- files
-def learned_names(model):
-    """Names of all that requires a gradient, and of all buffers, since statistics move, too."""
+def learned_values(model):
+    """{name: tensor} of what has trained since add_adapters(), what trains, and all buffers, since
+    statistics move, too."""
+    once = getattr(model, "adapter_names", ())
     parameters = model.named_parameters(remove_duplicate=False)
-    frozen = {name for name, p in parameters if not p.requires_grad}
-    return [name for name in model.state_dict() if name not in frozen]
+    still = {name for name, p in parameters if not p.requires_grad and name not in once}
+    return {name: value for name, value in model.state_dict().items() if name not in still}
 
 
-def set_values(model, values, needed):
-    """Puts {name: value} into a model. AFLoRAError, before any change, if they do not fit."""
+def set_values(model, values):
+    """Puts learned_values() of such a model into this one. AFLoRAError, before any change, if they
+    do not fit."""
     state = model.state_dict()
-    for name in {*needed, *values}:
+    for name in {*learned_values(model), *values}:
         with blame(name):
             expect_equal(dict(shape=values[name].shape), dict(shape=state[name].shape))
     model.load_state_dict(values, strict=False)
@@ -730,8 +735,7 @@ def save_adapter(model, path):
     A matrix still at its random start is replaced by the key from which it regrows, and a checksum.
     """
     check_same_model(model)
-    state = model.state_dict()
-    values = {name: state[name] for name in {*model.adapter_names, *learned_names(model)}}
+    values = learned_values(model)
     at_start = {}
     for layer_name, layer in adapters_of(model).items():
         for matrix in ("lora_A", "lora_B"):
@@ -761,7 +765,7 @@ def load_adapter(model, path):
             values[name] = kaiming_uniform(key, model.get_parameter(name).shape)
             if checksum(values[name]) != expected:
                 raise AFLoRAError(f"{name}, regrown from its key, is not as it was saved")
-        set_values(model, values, needed=model.adapter_names)
+        set_values(model, values)
     return adapters_of(model)
 
 
@@ -770,14 +774,14 @@ def save_checkpoint(training, path):
     the start, states of optimizer, scaler, freezer and random generators, the place in the data.
     """
     training.read_sums()  # raises where something was not finite: the last checkpoint stays
-    state = training.model.state_dict()
     write_file(path, dict(
         format=CHECKPOINT_FORMAT,
         plan=training.plan,
         steps=training.steps,
         line=training.line,
+        notes=training.notes,
         sums=training.sums,
-        values={name: state[name] for name in training.learned},
+        values=learned_values(training.model),
         optimizer=training.optimizer.state_dict(),
         scaler=training.scaler.state_dict(),
         freezer=training.freezer.state_dict() if training.freezer else {},
@@ -794,9 +798,10 @@ def load_checkpoint(training, path):
             training.freezer.load_state_dict(content["freezer"])
         training.optimizer.load_state_dict(content["optimizer"])
         training.scaler.load_state_dict(content["scaler"])
-        set_values(training.model, content["values"], needed=training.learned)
+        set_values(training.model, content["values"])
         training.steps = content["steps"]
         training.line = content["line"]
+        training.notes = content["notes"]
         training.sums.copy_(content["sums"])
         now, training.epoch_start = content["random"]
         set_random_state(now)
@@ -858,8 +863,7 @@ def expect_equal(there, here):
 def whole(name, value, least=0, most=math.inf):
     """`value` as an int. NumPy's whole numbers and floats like 3.0 are taken, others refused."""
     if not isinstance(value, numbers.Real) or value % 1 != 0 or not least <= value <= most:
-        upper = f", at most {most}" if most < math.inf else ""
-        raise AFLoRAError(f"{name} is {value!r}: give a whole number, at least {least}{upper}")
+        raise AFLoRAError(f"{name} is {value!r}: give a whole number from {least} to {most}")
     return int(value)
 
 

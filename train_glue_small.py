@@ -11,6 +11,7 @@ report. Weights and texts come from data/fetch.py. A run leaves a folder with ad
 """
 
 import argparse
+import bisect
 import hashlib
 import json
 import math
@@ -19,7 +20,6 @@ import re
 import signal
 import sys
 import time
-import types
 import warnings
 from pathlib import Path
 
@@ -31,8 +31,9 @@ from tqdm import tqdm
 
 import aflora
 from aflora import AFLoRAError, AFLoRALinear, blame
-from data.fetch import STAND_IN, model_folder
-from data.text import WordPieceTokenizer, load_task, load_tokenizer
+from data.batches import Examples
+from data.fetch import model_folder
+from data.text import load_tasks, load_tokenizer
 from data.weights import load_state, read_config
 
 
@@ -168,47 +169,9 @@ def load_model(folder, seed, device):
     return model.to(device), tokenizer, str(folder)
 
 
-# ---------------------------------------------------------------------------------------- the tasks
-class Examples:
-    """Token ids of all texts, end to end in flat tensors (padding last): a batch is one gather."""
-
-    def __init__(self, rows, tokenizer: WordPieceTokenizer, max_length=128):
-        encoded = [tokenizer.encode(text, pair, max_length) for text, pair, _ in rows]
-        self.max_length = max_length
-        self.lengths = torch.tensor([len(ids) for ids, _ in encoded])
-        self.starts = self.lengths.cumsum(0) - self.lengths
-        padding = tokenizer.vocab["[PAD]"]
-        all_ids = [i for ids, _ in encoded for i in ids]
-        all_segments = [i for _, segments in encoded for i in segments]
-        self.ids = torch.tensor(all_ids + [padding])
-        self.segments = torch.tensor(all_segments + [0])
-        self.labels = torch.tensor([label for *_, label in rows])
-
-    def collate(self, rows):
-        """ids, segments, mask (N, T) and labels (N,) of these rows, padded to their longest.
-
-        On CUDA to a multiple of 8 tokens: few shapes occur, each of which is recorded once.
-        """
-        longest = int(self.lengths[rows].max())
-        if torch.cuda.is_available():
-            longest = min(math.ceil(longest / 8) * 8, self.max_length)
-        position = torch.arange(longest)
-        mask = position < self.lengths[rows, None]
-        index = torch.where(mask, self.starts[rows, None] + position, -1)
-        return self.ids[index], self.segments[index], mask, self.labels[rows]
-
-    def batches(self, size, seed, epoch):
-        """All rows in random order, but of like length in a batch: cut from sorted pools of 50."""
-        random = torch.Generator().manual_seed(1000 * seed + epoch)
-        groups = []
-        for pool in torch.randperm(len(self.labels), generator=random).split(50 * size):
-            groups += pool[self.lengths[pool].argsort(stable=True)].split(size)
-        groups = [groups[i] for i in torch.randperm(len(groups), generator=random)]  # batches
-        return torch.utils.data.DataLoader(groups, None, collate_fn=self.collate, generator=random)
-
-
+# --------------------------------------------------------------------------------- loss and metrics
 def loss(model, batch):
-    """Cross-entropy of a batch as Examples.collate makes it."""
+    """Cross-entropy of a batch as Examples.collate() makes it."""
     *inputs, labels = batch
     return F.cross_entropy(model(*inputs).float(), labels)
 
@@ -218,15 +181,13 @@ def predict(model, examples, precision, size=128):
     """The predicted class of every example, (N,), in evaluation mode."""
     model.eval()
     device = next(model.parameters()).device
-    order = examples.lengths.argsort(stable=True)
-    dtype = aflora.COMPUTE_TYPES[precision]
-    with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
-        logits = []
-        for rows in order.split(size):
+    predicted = torch.empty_like(examples.labels)
+    with aflora.autocast(device, precision):
+        for rows in examples.lengths.argsort(stable=True).split(size):
             *inputs, _ = examples.collate(rows)
-            logits.append(model(*aflora.to_device(inputs, device)))
-    predicted = torch.cat(logits).argmax(1).cpu()
-    return predicted[order.argsort()]  # in the order of the examples
+            logits = model(*aflora.to_device(inputs, device))
+            predicted[rows] = logits.argmax(1).cpu()
+    return predicted
 
 
 def metrics(predicted, labels):
@@ -242,13 +203,9 @@ class ELoRALinear(AFLoRALinear):
     """At a high rank with frozen matrices, to scale activations is cheaper than to fold vectors."""
 
     def forward(self, x):
-        tokens = x.reshape(-1, x.shape[-1])
-        y = self.base(tokens)
-        h = F.linear(tokens, self.lora_A.to(x.dtype)).to(y.dtype)
-        h = h * self.s_d.to(y.dtype)
-        wide = F.linear(h, self.lora_B.to(y.dtype))
-        y = y + wide * self.s_b.to(y.dtype)
-        return y.view(*x.shape[:-1], -1)
+        y = self.base(x)
+        h = F.linear(x, self.lora_A.to(x.dtype)).to(y.dtype) * self.s_d.to(y.dtype)
+        return y + F.linear(h, self.lora_B.to(y.dtype)) * self.s_b.to(y.dtype)
 
 
 @torch.no_grad()
@@ -271,14 +228,13 @@ def as_elora(layers):
         seed, _, _ = layer.key.partition("/")
         layer.key = f"{seed}/{shape}"
         layer.__class__ = ELoRALinear
+        if shape not in pairs:
+            for name in ("lora_A", "lora_B"):
+                matrix = getattr(layer, name).requires_grad_(False)
+                matrix.copy_(aflora.kaiming_uniform(f"{layer.key}/{name}", matrix.shape))
         first = pairs.setdefault(shape, layer)
         layer.lora_A = first.lora_A
         layer.lora_B = first.lora_B
-        for name in ("lora_A", "lora_B"):
-            matrix = getattr(layer, name)
-            if first is layer:
-                matrix.data.copy_(aflora.kaiming_uniform(f"{layer.key}/{name}", matrix.shape))
-            matrix.requires_grad_(False)
 
 
 def hold_frozen_weights(encoder, precision):
@@ -288,18 +244,18 @@ def hold_frozen_weights(encoder, precision):
             module.to(aflora.COMPUTE_TYPES[precision])
 
 
-def adapt(model, method, recipe, seed, train_matrices):
+def adapt(model, args, rank):
     """Adds to a classifier what the method trains, beside its head. {name: AFLoRALinear}."""
-    if method in ("full", "head"):
-        saved = ["head", "encoder"] if method == "full" else ["head"]
+    if args.method in ("full", "head"):
+        saved = ["head", "encoder"] if args.method == "full" else ["head"]
         return aflora.add_adapters(model, (), modules_to_save=saved)
     groups = {"ffn": FFN, "attention": ATTENTION, "all": "all", "none": ()}
-    trained = groups[train_matrices] if method == "aflora" else "all"
+    trained = groups[args.train_matrices] if args.method == "aflora" else "all"
     layers = aflora.add_adapters(
-        model, ATTENTION + FFN, recipe["rank"], trained, modules_to_save=["head"], seed=seed)
-    if method == "lora":
+        model, ATTENTION + FFN, rank, trained, modules_to_save=["head"], seed=args.seed)
+    if args.method == "lora":
         as_lora(layers)
-    if method == "elora":
+    if args.method == "elora":
         as_elora(layers)
     return layers
 
@@ -322,10 +278,10 @@ RECIPES = {
 }
 METHODS = {
     "aflora": dict(rank=4),
-    "lora": dict(rank=8, lr=1e-3),
-    "elora": dict(rank=1024, lr=1e-2),
-    "full": dict(rank=0, lr=1e-4, head_lr=1e-4),
-    "head": dict(rank=0, lr=2e-3, head_lr=2e-3),
+    "lora": dict(rank=8, lr=1e-3, t_i=None, t_f=None),
+    "elora": dict(rank=1024, lr=1e-2, t_i=None, t_f=None),
+    "full": dict(rank=None, lr=1e-4, head_lr=1e-4, t_i=None, t_f=None),
+    "head": dict(rank=None, lr=2e-3, head_lr=2e-3, t_i=None, t_f=None),
 }
 VERSIONS = {
     "python": sys.version.split()[0],
@@ -335,19 +291,15 @@ VERSIONS = {
 
 
 def choose_recipe(name, args, device):
-    """The preset's recipe for the task, with what the method and the flags say."""
+    """(preset, its recipe for the task), with what the method and the flags say."""
     preset = args.preset
     if preset == "auto":
         preset = "full" if device.type == "cuda" else "quick"
     recipe = RECIPES[preset, name] | METHODS[args.method]
     recipe |= {key: value for key, value in vars(args).items() if key in recipe}
     for key in ("limit", "epochs", "batch_size"):
-        if recipe[key] is not None and recipe[key] < 1:
-            raise AFLoRAError(f"--{key.replace('_', '-')} is {recipe[key]}: give at least 1")
-    t_i = recipe["t_i"]
-    t_f = recipe["t_f"]
-    if min(t_i, t_f) < 0 or not t_i + t_f <= 1:
-        raise AFLoRAError("--t-i and --t-f are shares of the steps: from 0, together at most 1")
+        if recipe[key] is not None:
+            aflora.whole(f"--{key.replace('_', '-')}", recipe[key], 1)
     return preset, recipe
 
 
@@ -358,60 +310,9 @@ def choose_precision(amp, device):
     if amp != "auto":
         return "fp32" if amp == "off" else amp
     if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     flags = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     return "bf16" if re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags) else "fp32"
-
-
-def prepare(name, args, task, device, precision):
-    """All that a run needs, from its flags: recipe -> examples -> adapted model -> freezer."""
-    preset, recipe = choose_recipe(name, args, device)
-    model, tokenizer, weights = load_model(args.model, args.seed, device)
-    longest = min(128, model.encoder.position_embeddings.num_embeddings)
-    order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(args.seed))
-    train = Examples([task.train[i] for i in order[:recipe["limit"]]], tokenizer, longest)
-    dev = Examples(task.dev, tokenizer, longest)
-    checksums = dict(
-        weights=checksum(model.encoder.state_dict().values()),
-        texts=checksum([train.ids, train.labels, dev.ids, dev.labels]),
-    )
-
-    plain = predict(model, dev, precision)
-    if args.method != "full":
-        hold_frozen_weights(model.encoder, precision)
-    layers = adapt(model, args.method, recipe, args.seed, args.train_matrices)
-    wrapped = predict(model, dev, precision)
-    before = metrics(plain, dev.labels)["accuracy"]
-    after = metrics(wrapped, dev.labels)["accuracy"]
-    equal = "equal" if plain.equal(wrapped) else "NOT EQUAL"
-    print(f"weights from {weights}")
-    print(f"dev accuracy before training: {before:.2f} plain, {after:.2f} with adapters ({equal})")
-
-    total_steps = recipe["epochs"] * math.ceil(len(train.labels) / recipe["batch_size"])
-    t_i = round(recipe["t_i"] * total_steps)
-    t_f = min(round(recipe["t_f"] * total_steps), total_steps - t_i)
-    freezer = None
-    if args.method == "aflora" and args.train_matrices != "none":
-        freezer = aflora.AdaptiveFreezer(layers, total_steps, t_i, t_f, kind=args.sensitivity)
-    return types.SimpleNamespace(
-        name=name,
-        args=args,
-        task=task,
-        preset=preset,
-        recipe=recipe,
-        model=model,
-        weights=weights,
-        train=train,
-        dev=dev,
-        layers=layers,
-        freezer=freezer,
-        total_steps=total_steps,
-        ramp=(t_i, total_steps - t_f),
-        device=device,
-        precision=precision,
-        checksums=checksums,
-        trainable_start=trainable(model.encoder),
-    )
 
 
 def checksum(tensors):
@@ -428,207 +329,244 @@ def trainable(module):
 
 
 # ------------------------------------------------------------------------------------------ the run
-class Stopped(Exception):
-    """A signal asked the run to stop; its checkpoint is written."""
-
-
 class Run:
-    """What happens beside the steps of one run: its folder, evaluation, checkpoints, signals."""
+    """One run, as its flags say: what it needs, and what happens beside its steps."""
 
-    def __init__(self, experiment, out):
-        self.experiment = experiment
-        self.out = out
-        self.flags = vars(experiment.args) | dict(task=experiment.name)
-        self.caught = []  # signals
-        self.predicted = None  # of dev, after the last epoch
-        self.seconds = 0.0  # of training, without evaluation
-        self.lines = []  # of the log; those that end an epoch have accuracy and f1
-        self.resumed = bool(experiment.args.resume)
-        self.started = False
-        self.check_folder()
+    def __init__(self, name, args, task, device, precision):
+        self.name = name
+        self.args = args
+        self.task = task
+        self.device = device
+        self.precision = precision
+        self.preset, self.recipe = choose_recipe(name, args, device)
+        self.out = Path(args.out or "runs")
+        if args.task == "both" or not args.out:
+            self.out = self.out / f"{name}-{args.method}-s{args.seed}"
+        if args.resume:
+            self.out = Path(args.resume)
+        self.signals = []  # that were caught
+        self.started = False  # the first step is done: the folder is this run's
+        self.introduce()
+        self.prepare()
 
-    def check_folder(self):
-        """Raises AFLoRAError, with nothing touched, if this run cannot start, or go on, there."""
-        checkpoint = self.out / "checkpoint.pt"
-        if self.resumed:
-            with blame(checkpoint):
-                there = json.loads((self.out / "run.json").read_text())
-                aflora.expect_equal(there["checksums"], self.experiment.checksums)
-                self.lines = self.logged()
-        elif checkpoint.exists():
-            raise AFLoRAError(f"{checkpoint} is of a stopped run: --resume it, or remove it")
+    def introduce(self):
+        """Prints what is going to be trained, and how."""
+        task = self.task
+        used = [f"{key} {value}" for key, value in self.recipe.items() if value is not None]
+        print(f"\n{task.title}: {len(task.train)} rows to train on, {len(task.dev)} dev, "
+              f"{task.source}")
+        print(f"{self.args.method}, {self.preset}:", ", ".join(used))
 
-    def logged(self):
-        """The lines of the log; one that was cut as the run died is left out."""
-        *whole_lines, _ = (self.out / "log.jsonl").read_text().split("\n")
-        return [json.loads(line) for line in whole_lines]
+    def prepare(self):
+        """Makes all that the training needs: model, examples, adapters, freezer."""
+        args = self.args
+        task = self.task
+        model, tokenizer, self.weights = load_model(args.model, args.seed, self.device)
+        longest = min(128, model.encoder.position_embeddings.num_embeddings)
+        order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(args.seed))
+        rows = [task.train[i] for i in order[:self.recipe["limit"]]]
+        train = Examples(rows, tokenizer, longest)
+        dev = Examples(task.dev, tokenizer, longest)
+        self.checksums = dict(
+            weights=checksum(model.encoder.state_dict().values()),
+            texts=checksum([train.ids, train.labels, dev.ids, dev.labels]),
+        )
+        self.model = model
+        self.train_set = train
+        self.dev_set = dev
+        self.layers = self.adapt()
+        self.trainable_start = trainable(model.encoder)
+        self.total_steps = self.recipe["epochs"] * len(self.batches(0))
+        self.freezer = self.make_freezer()
 
-    def history(self):
-        """What is reported of each epoch's end."""
-        keys = ("epoch", "step", "loss", "accuracy", "f1")
-        return [{key: line[key] for key in keys} for line in self.lines if "f1" in line]
+    def adapt(self):
+        """Adds the adapters, and shows that this changes no prediction."""
+        plain = self.predict_dev()
+        if self.args.method != "full":
+            hold_frozen_weights(self.model.encoder, self.precision)
+        layers = adapt(self.model, self.args, self.recipe["rank"])
+        wrapped = self.predict_dev()
+        before = metrics(plain, self.dev_set.labels)["accuracy"]
+        after = metrics(wrapped, self.dev_set.labels)["accuracy"]
+        equal = "equal" if plain.equal(wrapped) else "NOT EQUAL"
+        print(f"weights from {self.weights}")
+        print(f"dev accuracy before training: {before:.2f} plain, {after:.2f} with adapters "
+              f"({equal})")
+        return layers
+
+    def make_freezer(self):
+        """AFLoRA's freezer, with t_i and t_f in steps; None where no A or B is to freeze."""
+        if self.args.method != "aflora" or self.args.train_matrices == "none":
+            return None
+        T = self.total_steps
+        with blame("--t-i and --t-f are shares of the steps"):
+            t_i = round(self.recipe["t_i"] * T)
+            t_f = round(self.recipe["t_f"] * T)
+            if self.recipe["t_i"] + self.recipe["t_f"] <= 1:  # both rounded up, they might not fit
+                t_f = min(t_f, T - t_i)
+            return aflora.AdaptiveFreezer(self.layers, T, t_i, t_f, kind=self.args.sensitivity)
+
+    def predict_dev(self):
+        """The predicted classes of dev, (N,)."""
+        return predict(self.model, self.dev_set, self.precision)
 
     def train(self):
-        """Trains to the end, or to a signal."""
-        e = self.experiment
+        """Trains to the end, or to a signal, and reports."""
+        self.check_folder()
         handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         self.clock = time.perf_counter()
         try:
-            return aflora.train(
-                e.model,
-                lambda epoch: e.train.batches(e.recipe["batch_size"], e.args.seed, epoch),
+            training = aflora.train(
+                self.model,
+                self.batches,
                 loss,
-                epochs=e.recipe["epochs"],
-                lr=e.recipe["lr"],
-                head_lr=e.recipe["head_lr"],
+                epochs=self.recipe["epochs"],
+                lr=self.recipe["lr"],
+                head_lr=self.recipe["head_lr"],
                 weight_decay=0.01,
-                freezer=e.freezer,
-                precision=e.precision,
-                graphs=e.device.type == "cuda",
+                freezer=self.freezer,
+                precision=self.precision,
+                graphs=self.device.type == "cuda",
                 after_step=self.after_step,
-                resume=self.out / "checkpoint.pt" if self.resumed else None,
+                resume=self.out / "checkpoint.pt" if self.args.resume else None,
             )
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+        self.report(training)
+
+    def check_folder(self):
+        """Raises AFLoRAError, with nothing touched, if this run cannot start, or go on, there."""
+        checkpoint = self.out / "checkpoint.pt"
+        if self.args.resume:
+            with blame(checkpoint):
+                notes = aflora.read_file(checkpoint, aflora.CHECKPOINT_FORMAT)["notes"]
+                aflora.expect_equal(notes["checksums"], self.checksums)
+        elif checkpoint.exists():
+            raise AFLoRAError(f"{checkpoint} is of a stopped run: --resume it, or remove it")
+
+    def batches(self, epoch):
+        """The batches of an epoch."""
+        return self.train_set.batches(self.recipe["batch_size"], self.args.seed, epoch)
 
     def on_signal(self, number, frame):
         """The step is finished first, unless asked twice."""
-        if self.caught:
+        if self.signals:
             raise KeyboardInterrupt
-        self.caught.append(number)
+        self.signals.append(number)
 
     def after_step(self, training):
         """Logs, evaluates at an epoch's end, and writes a checkpoint where one is due."""
         if not self.started:
-            self.start(training)
-        now = time.perf_counter()
-        self.seconds += now - self.clock
+            self.start(training.notes)
+        self.seconds += time.perf_counter() - self.clock
         epoch_ends = training.steps % training.steps_per_epoch == 0
         if training.line["step"] == training.steps:
             line = training.line | dict(seconds=self.seconds)
             if epoch_ends:
-                line |= self.evaluate(training.model)
-            self.log(line)
-        every = self.experiment.args.checkpoint_every
-        due = every and training.steps % every == 0
-        if epoch_ends or self.caught or due:
+                line |= metrics(self.predict_dev(), self.dev_set.labels)
+                tqdm.write("  ".join(f"{key} {line[key]:.4g}" for key in REPORTED))
+            training.notes["log"].append(line)
+            with blame(self.out / "log.jsonl"), open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        every = self.args.checkpoint_every
+        if epoch_ends or self.signals or (every and training.steps % every == 0):
             aflora.save_checkpoint(training, self.out / "checkpoint.pt")
-        if self.caught:
-            raise Stopped
+        if self.signals:
+            self.save_adapter()
+            print(f"\nstopped; what was learned so far is in {self.out / 'adapter.pt'}; to go on: "
+                  f"the same command with --resume {self.out}")
+            raise SystemExit(128 + self.signals[0])  # 130 for Ctrl-C, 143 for SIGTERM
         self.clock = time.perf_counter()
 
-    def evaluate(self, model):
-        """Accuracy and F1 on dev."""
-        self.predicted = predict(model, self.experiment.dev, self.experiment.precision)
-        return metrics(self.predicted, self.experiment.dev.labels)
+    def start(self, notes):
+        """Makes the folder this run's. Only now, behind the first step: nothing was refused.
 
-    def log(self, line):
-        """Appends a line to the log, and shows the end of an epoch."""
-        self.lines.append(line)
-        path = self.out / "log.jsonl"
-        with blame(path), open(path, "a") as log:
-            log.write(json.dumps(line) + "\n")
-        if "f1" in line:
-            shown = self.history()[-1].items()
-            tqdm.write("  ".join(f"{key} {value:.4g}" for key, value in shown))
-
-    def start(self, training):
-        """Makes the folder this run's. Only now, behind the first step: nothing was refused."""
+        notes: of the checkpoint that it goes on from, or empty; the next checkpoints have them.
+        """
         self.started = True
-        # Lines behind the checkpoint are made again
-        self.lines = [line for line in self.lines if line["step"] < training.steps]
-        self.seconds = self.lines[-1]["seconds"] if self.lines else 0.0
-        if len(self.history()) != (training.steps - 1) // training.steps_per_epoch:
-            raise AFLoRAError(f"{self.out}: log.jsonl lacks epochs that the checkpoint has passed")
+        notes.setdefault("log", [])
+        notes |= dict(flags=vars(self.args) | dict(task=self.name), checksums=self.checksums)
+        self.seconds = notes["log"][-1]["seconds"] if notes["log"] else 0.0
         for name in ("adapter.pt", "result.json", "freeze_map.txt", "*.part"):
             for path in self.out.glob(name):
                 path.unlink()
-        content = dict(flags=self.flags, checksums=self.experiment.checksums)
-        aflora.write_file(self.out / "run.json", json.dumps(content).encode())
-        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+        # Lines behind the checkpoint are made again
+        text = "".join(json.dumps(line) + "\n" for line in notes["log"])
         aflora.write_file(self.out / "log.jsonl", text.encode())
 
+    def save_adapter(self):
+        """Writes what was learned."""
+        aflora.save_adapter(self.model, self.out / "adapter.pt")
 
-def run_task(name, task, args, device, precision):
-    """Trains one task as the flags say, prints the report and leaves the run's folder."""
-    preset, recipe = choose_recipe(name, args, device)
-    rows = len(task.train)
-    print(f"\n{task.title}: {rows} rows to train on, {len(task.dev)} dev, {task.source}")
-    unused = {
-        "aflora": (),
-        "lora": ("t_i", "t_f"),
-        "elora": ("t_i", "t_f"),
-        "full": ("t_i", "t_f", "rank"),
-        "head": ("t_i", "t_f", "rank"),
-    }[args.method]
-    used = [f"{key} {value}" for key, value in recipe.items() if key not in unused]
-    print(f"{args.method}, {preset}:", ", ".join(used))
-    out = Path(args.out or "runs")
-    if args.task == "both" or not args.out:
-        out = out / f"{name}-{args.method}-s{args.seed}"
-    if args.resume:
-        out = Path(args.resume)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    def report(self, training):
+        """Leaves adapter, result and freeze map, and prints them; then nothing is to be resumed."""
+        result = self.make_result(training)
+        self.save_adapter()
+        aflora.write_file(self.out / "result.json", json.dumps(result, indent=1).encode())
+        print_result(self.task.title, result)
+        if self.freezer:
+            plan = self.freezer
+            picture = freeze_map(self.model, plan.frozen_at, plan.t_i, plan.total_steps - plan.t_f)
+            aflora.write_file(self.out / "freeze_map.txt", picture.encode())
+            print(picture)
+        self.check_merged()
+        print(f"{self.task.title}: adapter, log and result are in {self.out}")
+        (self.out / "checkpoint.pt").unlink()
 
-    experiment = prepare(name, args, task, device, precision)
-    run = Run(experiment, out)
-    try:
-        training = run.train()
-    except Stopped:
-        aflora.save_adapter(experiment.model, out / "adapter.pt")
-        print(f"\nstopped; what was learned so far is in {out / 'adapter.pt'}; to go on: "
-              f"python train_glue_small.py --resume {out}")
-        raise SystemExit(128 + run.caught[0])  # 130 for Ctrl-C, 143 for SIGTERM
-    aflora.save_adapter(experiment.model, out / "adapter.pt")
-    result = make_result(run, training)
-    aflora.write_file(out / "result.json", json.dumps(result, indent=1).encode())
-    print_result(run, result)
-    check_merged(run)
-    for name in ("checkpoint.pt", "run.json"):
-        (out / name).unlink()
+    def make_result(self, training):
+        """The fields of result.json."""
+        log = training.notes["log"]
+        history = [{key: line[key] for key in REPORTED} for line in log if "accuracy" in line]
+        last = history[-1]
+        best = max(history, key=lambda epoch: epoch["accuracy"])
+        pairs = self.name == "mrpc"  # SST-2 is scored by accuracy alone
+        freezer = self.freezer
+        args = self.args
+        return self.recipe | dict(
+            task=self.name,
+            method=args.method,
+            preset=self.preset,
+            seed=args.seed,
+            sensitivity=args.sensitivity,
+            train_matrices=args.train_matrices,
+            data=f"{self.task.title}: {self.task.source}",
+            weights=self.weights,
+            accuracy=last["accuracy"],
+            f1=last["f1"] if pairs else None,
+            best_epoch=best["epoch"],
+            best_accuracy=best["accuracy"],
+            best_f1=best["f1"] if pairs else None,
+            frozen_at=freezer.frozen_at if freezer else {},
+            trainable_start=self.trainable_start,
+            trainable_end=trainable(self.model.encoder),
+            trainable_average=freezer.average_trainable() if freezer else self.trainable_start,
+            head_parameters=trainable(self.model.head),
+            history=history,
+            steps=training.steps,
+            skipped=log[-1]["skipped"],
+            seconds=log[-1]["seconds"],
+            ms_per_step=1000 * log[-1]["seconds"] / training.steps,
+            peak_memory_bytes=peak_memory(self.device),
+            device="cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(),
+            precision=self.precision,
+            versions=VERSIONS,
+        )
 
-
-def make_result(run, training):
-    """The fields of result.json."""
-    e = run.experiment
-    history = run.history()
-    last = history[-1]
-    best = max(history, key=lambda epoch: epoch["accuracy"])
-    start = e.trainable_start
-    pairs = e.name == "mrpc"  # SST-2 is scored by accuracy alone
-    return e.recipe | dict(
-        task=e.name,
-        method=e.args.method,
-        preset=e.preset,
-        seed=e.args.seed,
-        sensitivity=e.args.sensitivity,
-        train_matrices=e.args.train_matrices,
-        data=f"{e.task.title}: {e.task.source}",
-        weights=e.weights,
-        accuracy=last["accuracy"],
-        f1=last["f1"] if pairs else None,
-        best_epoch=best["epoch"],
-        best_accuracy=best["accuracy"],
-        best_f1=best["f1"] if pairs else None,
-        frozen_at=e.freezer.frozen_at if e.freezer else {},
-        trainable_start=start,
-        trainable_end=trainable(e.model.encoder),
-        trainable_average=e.freezer.average_trainable() if e.freezer else start,
-        head_parameters=trainable(e.model.head),
-        history=history,
-        steps=training.steps,
-        skipped=run.lines[-1]["skipped"],
-        seconds=run.lines[-1]["seconds"],
-        ms_per_step=1000 * run.lines[-1]["seconds"] / training.steps,
-        peak_memory_bytes=peak_memory(e.device),
-        device="cpu" if e.device.type == "cpu" else torch.cuda.get_device_name(),
-        precision=e.precision,
-        versions=VERSIONS,
-    )
+    def check_merged(self):
+        """Loads the adapter file into a fresh float32 model, merges it there, and scores that."""
+        apart = self.predict_dev()
+        fresh, _, _ = load_model(self.args.model, self.args.seed, self.device)
+        aflora.load_adapter(fresh, self.out / "adapter.pt")
+        aflora.merge_adapters(fresh)
+        merged = predict(fresh, self.dev_set, self.precision)
+        scores = SCORES[self.name].format(**metrics(merged, self.dev_set.labels))
+        changed = int((apart != merged).sum())
+        print(f"merged into the weights: {scores}; rounding changed {changed} of {len(merged)} "
+              "predictions")
 
 
+REPORTED = ("epoch", "step", "loss", "accuracy", "f1")  # of an epoch's end
 SCORES = dict(sst2="accuracy {accuracy:.2f}", mrpc="accuracy {accuracy:.2f}, F1 {f1:.2f}")
 REPORT = """
 {title}, last epoch: {last} (best, {best_epoch}: {best})
@@ -637,38 +575,16 @@ trainable parameters: {trainable_start:,} at the start, {trainable_end:,} at the
 {seconds:.0f} s of training, {ms_per_step:.0f} ms a step, peak memory {mebibytes:.0f} MiB"""
 
 
-def print_result(run, result):
-    """The report: scores, parameters, time and memory, and the freeze map."""
-    e = run.experiment
-    best = dict(accuracy=result["best_accuracy"], f1=result["best_f1"])
+def print_result(title, result):
+    """Scores, parameters, time and memory, from the fields of result.json."""
+    scores = SCORES[result["task"]]
     print(REPORT.format(
-        title=e.task.title,
-        last=SCORES[e.name].format(**result),
-        best=SCORES[e.name].format(**best),
+        title=title,
+        last=scores.format(**result),
+        best=scores.format(accuracy=result["best_accuracy"], f1=result["best_f1"]),
         mebibytes=result["peak_memory_bytes"] / 2**20,
         **result,
     ))
-    if e.freezer:
-        picture = freeze_map(e.model, e.freezer.frozen_at, *e.ramp)
-        aflora.write_file(run.out / "freeze_map.txt", picture.encode())
-        print(picture)
-
-
-def check_merged(run):
-    """Loads the adapter file into a fresh float32 model, merges it there, and scores that."""
-    e = run.experiment
-    apart = run.predicted
-    if apart is None:  # resumed behind the last epoch
-        apart = predict(e.model, e.dev, e.precision)
-    fresh, _, _ = load_model(e.args.model, e.args.seed, e.device)
-    aflora.load_adapter(fresh, run.out / "adapter.pt")
-    aflora.merge_adapters(fresh)
-    merged = predict(fresh, e.dev, e.precision)
-    scores = SCORES[e.name].format(**metrics(merged, e.dev.labels))
-    changed = int((apart != merged).sum())
-    print(f"merged into the weights: {scores}; rounding changed {changed} of {len(merged)} "
-          "predictions")
-    print(f"{e.task.title}: adapter, log and result are in {run.out}")
 
 
 def freeze_map(model, frozen_at, first, last):
@@ -677,8 +593,7 @@ def freeze_map(model, frozen_at, first, last):
     edges = [round(first + (last - first) * i / 4) for i in range(5)]
     marks = {name: "+" if p.requires_grad else "·" for name, p in model.named_parameters()}
     for name, step in frozen_at.items():
-        quarter = sum(step >= edge for edge in edges[1:4])
-        marks[name] = shades[quarter]
+        marks[name] = shades[bisect.bisect(edges[1:4], step)]
     layers = range(len(model.encoder.layers))
     lines = ["freeze map: matrix \\ layer" + "".join(f"{i:3}" for i in layers)]
     for module in ATTENTION + FFN:
@@ -687,9 +602,8 @@ def freeze_map(model, frozen_at, first, last):
             title = f"{module}.{matrix}"
             lines.append(f"{title:>26}  " + "  ".join(cells))
     spans = [f"{shade} {a}-{b}" for shade, a, b in zip(shades, edges, edges[1:])]
-    spans += ["  · never trained", "  + never frozen"]
-    lines.append("frozen after step: " + "  ".join(spans))
-    return "\n".join(lines)
+    legend = "  ".join([*spans, "  · never trained", "  + never frozen"])
+    return "\n".join([*lines, f"frozen after step: {legend}"])
 
 
 def peak_memory(device):
@@ -743,31 +657,15 @@ def parse(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.resume:
-        path = Path(args.resume, "run.json")
-        with blame(f"{path} (is {args.resume} the folder of a stopped run?)"):
-            there = json.loads(path.read_text())["flags"] | dict(resume=args.resume)
+        with blame(f"is {args.resume} the folder of a stopped run?"):
+            content = aflora.read_file(f"{args.resume}/checkpoint.pt", aflora.CHECKPOINT_FORMAT)
+        there = content["notes"]["flags"] | dict(resume=args.resume)
         parser.set_defaults(**there)
         args = parser.parse_args(argv)
         aflora.expect_equal(there, vars(args))
-    if not 0 <= args.seed < 2**32 or args.checkpoint_every < 0:
-        raise AFLoRAError("--seed goes from 0 to 2**32 - 1, --checkpoint-every from 0 on")
+    aflora.whole("--seed", args.seed, 0, 2**32 - 1)
+    aflora.whole("--checkpoint-every", args.checkpoint_every)
     return args
-
-
-def load_tasks(args):
-    """({name: task}, notes): those that can be had; the notes say what is missing or stands in."""
-    tasks = {}
-    notes = []
-    for name in ("sst2", "mrpc") if args.task == "both" else (args.task,):
-        try:
-            tasks[name] = load_task(name, args.data)
-            if tasks[name].title == STAND_IN:
-                notes.append(f"NOT SST-2: {STAND_IN}")
-        except ConnectionError as error:
-            notes.append(f"{name} is skipped: {error}")
-    if not tasks:
-        raise ConnectionError("; ".join(notes))
-    return tasks, notes
 
 
 def format_warning(message, *_):
@@ -784,15 +682,18 @@ def main(argv=None):
     try:
         args = parse(argv)
         precision = choose_precision(args.amp, device)
-        tasks, notes = load_tasks(args)
-        versions = ", ".join(f"{package} {version}" for package, version in VERSIONS.items())
+        names = ["sst2", "mrpc"] if args.task == "both" else [args.task]
+        tasks, notes = load_tasks(names, args.data)
+        versions = [f"{package} {version}" for package, version in VERSIONS.items()]
         threads = torch.get_num_threads()
-        print(*notes, sep="\n", end="\n" if notes else "")
-        print(f"{versions}, device {device}, {threads} threads, precision {precision}, "
-              f"seed {args.seed}")
+        for note in notes:
+            print(note)
+        print(*versions, f"device {device}", f"{threads} threads", f"precision {precision}",
+              f"seed {args.seed}", sep=", ")
         for name, task in tasks.items():
-            run_task(name, task, args, device, precision)
-        print(*notes, sep="\n", end="\n" if notes else "")
+            Run(name, args, task, device, precision).train()
+        for note in notes:
+            print(note)
     except (AFLoRAError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

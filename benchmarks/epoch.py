@@ -51,8 +51,8 @@ class Ours:
     def __init__(self, folder, rows):
         flags = f"--task sst2 --preset quick --epochs 1 --batch-size {SIZE} --limit {len(rows)}"
         args = companion.parse([*flags.split(), "--model", str(folder)])
-        task = types.SimpleNamespace(train=rows, dev=rows[:SIZE])
-        self.experiment = companion.prepare("sst2", args, task, step.DEVICE, PRECISION)
+        task = types.SimpleNamespace(train=rows, dev=rows[:SIZE], title="SST-2", source="")
+        self.run = companion.Run("sst2", args, task, step.DEVICE, PRECISION)
         # Of its own: the experiment's knows the words of these rows already
         self.tokenizer = WordPieceTokenizer(folder / "vocab.txt")
 
@@ -60,10 +60,10 @@ class Ours:
         """Trains an epoch, yields when the texts are tokenized and when all is done."""
         examples = companion.Examples(rows, self.tokenizer)
         yield
-        recipe = self.experiment.recipe
-        aflora.train(self.experiment.model, lambda epoch: examples.batches(SIZE, 0, epoch),
+        recipe = self.run.recipe
+        aflora.train(self.run.model, lambda epoch: examples.batches(SIZE, 0, epoch),
                      companion.loss, epochs=1, lr=recipe["lr"], head_lr=recipe["head_lr"],
-                     weight_decay=0.01, freezer=self.experiment.freezer, precision=PRECISION,
+                     weight_decay=0.01, freezer=self.run.freezer, precision=PRECISION,
                      graphs=step.CUDA)
         yield
 

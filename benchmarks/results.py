@@ -39,8 +39,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 import aflora  # noqa: E402
 import train_glue_small as companion  # noqa: E402
 from chance import holm, mean_and_deviation, p_value, spread  # noqa: E402
+from data import text  # noqa: E402
 from data.fetch import STAND_IN  # noqa: E402
-from data.text import load_task  # noqa: E402
 
 PRESET = "full" if torch.cuda.is_available() else "quick"
 FOLDER = ROOT / "results" / PRESET
@@ -72,6 +72,7 @@ SEEDS = range(3)  # of the quick preset's methods
 QUESTION_SEEDS = range(5)  # and of all of the full one
 FURTHER_SEEDS = range(5, 10)  # of AFLoRA and LoRA at the full one
 SEARCH_SEED = 100
+LOAD_TASK = text.load_task
 FOLD = f"every tenth training row after a shuffle with seed {SEARCH_SEED}, not trained on"
 SEARCH_ROWS = {"sst2": 2000, "mrpc": 1200}
 
@@ -173,7 +174,7 @@ def best_of(cells):
 
 def load_fold(name, folder=None):
     """A task whose dev is every tenth training row, as FOLD says, and whose train the others."""
-    task = load_task(name, folder)
+    task = LOAD_TASK(name, folder)
     random = torch.Generator().manual_seed(SEARCH_SEED)
     rows = [task.train[i] for i in torch.randperm(len(task.train), generator=random)]
     task.dev = rows[::10]
@@ -216,7 +217,7 @@ def run(task, arm, seed, lr=None):
     Recorder.recipe = companion.RECIPES[PRESET, task]
     Recorder.last = None
     on_fold = lr and PRESET == "full"
-    companion.load_task = load_fold if on_fold else load_task
+    text.load_task = load_fold if on_fold else LOAD_TASK
     command = command_of(task, arm, seed, lr)
     result = result_of(command)
     if STAND_IN in result["data"]:

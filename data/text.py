@@ -54,6 +54,22 @@ def load_task(name, folder=None):
     return types.SimpleNamespace(title="SST-2", source=source, train=train, dev=dev)
 
 
+def load_tasks(names, folder=None):
+    """({name: task}, notes): those that can be had; the notes say what is missing or stands in."""
+    tasks = {}
+    notes = []
+    for name in names:
+        try:
+            tasks[name] = load_task(name, folder)
+            if tasks[name].title == STAND_IN:
+                notes.append(f"NOT SST-2: {STAND_IN}")
+        except ConnectionError as error:
+            notes.append(f"{name} is skipped: {error}")
+    if not tasks:
+        raise ConnectionError("; ".join(notes))
+    return tasks, notes
+
+
 def load_snippets(path):
     """Movie snippets: positive where the mean rating is above 0; every tenth row is dev."""
     train = []

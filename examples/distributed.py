@@ -31,6 +31,7 @@ import aflora  # noqa: E402
 import train_glue_small as companion  # noqa: E402
 from aflora import AFLoRAError  # noqa: E402
 from data.fetch import model_folder  # noqa: E402
+from data.text import load_task  # noqa: E402
 
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -92,20 +93,19 @@ def loss(model, batch):
     return weight * companion.loss(model, batch)
 
 
-def train(experiment, training):
+def train(run, training):
     """All epochs. Every process evaluates, rank 0 prints. Returns the line of each epoch's end."""
-    batch_size = experiment.recipe["batch_size"]
-    training.steps_per_epoch = training.total_steps // experiment.recipe["epochs"]
+    training.steps_per_epoch = training.total_steps // run.recipe["epochs"]
     history = []
-    for epoch in range(experiment.recipe["epochs"]):
+    for epoch in range(run.recipe["epochs"]):
         training.model.train()
-        batches = experiment.train.batches(batch_size, experiment.args.seed, epoch).dataset
+        batches = run.batches(epoch).dataset
         for done, rows in enumerate(batches, start=1):
-            training.step([my_share(experiment.train, rows)])
+            training.step([my_share(run.train_set, rows)])
             if done == len(batches) or training.steps % aflora.LOG_EVERY == 0:
                 training.report()
-        predicted = companion.predict(training.model, experiment.dev, experiment.precision)
-        metrics = companion.metrics(predicted, experiment.dev.labels)
+        predicted = run.predict_dev()
+        metrics = companion.metrics(predicted, run.dev_set.labels)
         history.append(training.line | metrics)
         training.sums[0] = 0
         shown = ("epoch", "step", "loss", "accuracy", "f1")
@@ -113,23 +113,23 @@ def train(experiment, training):
     return history
 
 
-def run(args, device):
+def train_task(args, device):
     """Trains as the flags say; leaves the adapter and result.json in the run's folder."""
     precision = companion.choose_precision(args.amp, device)
-    task = companion.load_task(args.task, args.data)
+    task = load_task(args.task, args.data)
     print(f"{task.title} on {WORLD} processes, device {device}, precision {precision}")
-    experiment = companion.prepare(args.task, args, task, device, precision)
-    recipe = experiment.recipe
+    run = companion.Run(args.task, args, task, device, precision)
+    recipe = run.recipe
     training = ProcessGroupTraining(
-        experiment.model, loss, total_steps=experiment.total_steps, lr=recipe["lr"],
-        head_lr=recipe["head_lr"], freezer=experiment.freezer, precision=precision,
+        run.model, loss, total_steps=run.total_steps, lr=recipe["lr"],
+        head_lr=recipe["head_lr"], freezer=run.freezer, precision=precision,
         weight_decay=0.01)
     if RANK == 0:  # a folder that cannot be made is told now, not behind the training
         Path(args.out).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed + RANK)  # every process has its own dropout
-    history = train(experiment, training)
+    history = train(run, training)
 
-    result = make_result(experiment, training, history)
+    result = make_result(run, training, history)
     if RANK == 0:
         aflora.save_adapter(training.model, Path(args.out, "adapter.pt"))
         content = json.dumps(result, indent=1).encode()
@@ -138,16 +138,16 @@ def run(args, device):
     print(json.dumps({name: result[name] for name in names}))
 
 
-def make_result(experiment, training, history):
+def make_result(run, training, history):
     """The fields of result.json. ranks_equal: did all processes learn the very same bits?"""
     state = training.model.state_dict()
     learned = companion.checksum(state[name] for name in training.model.adapter_names)
     checksums = [None] * WORLD
     dist.all_gather_object(checksums, learned)
-    freezer = experiment.freezer
+    freezer = run.freezer
     return dict(
-        task=experiment.task.title, processes=WORLD,
-        batch_size=experiment.recipe["batch_size"],
+        task=run.task.title, processes=WORLD,
+        batch_size=run.recipe["batch_size"],
         ranks_equal=len(set(checksums)) == 1, bytes_per_step=training.sent[0],
         bytes_per_step_all_frozen=training.sent[-1],
         frozen_at=freezer.frozen_at if freezer else {}, history=history,
@@ -181,7 +181,7 @@ def join_process_group(args, device):
         os.environ.setdefault(name, value)  # started without torchrun: one process
     store = next(dist.rendezvous("env://", timeout=DOWNLOAD_TIME))[0]
     if RANK == 0:
-        companion.load_task(args.task, args.data)
+        load_task(args.task, args.data)
         if not args.model:
             model_folder()
         store.set("files", "there")
@@ -199,7 +199,7 @@ def main(argv=None):
         args = parse(sys.argv[1:] if argv is None else argv)
         device = choose_device()
         join_process_group(args, device)
-        run(args, device)
+        train_task(args, device)
     except (AFLoRAError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -39,6 +39,7 @@ import freezenet_report as report  # noqa: E402
 import train_glue_small as companion  # noqa: E402
 from aflora import AFLoRAError, blame  # noqa: E402
 from data import fetch  # noqa: E402
+from data.text import load_task  # noqa: E402
 
 
 # ----------------------------------------------------------------------------------- the method
@@ -457,62 +458,58 @@ def compare_on_mnist(args):
 
 
 # --------------------------------------------------------------- one shot among AFLoRA's matrices
-def choose_matrices(experiment, keep):
-    """Leaves a share of the elements of AFLoRA's A and B trainable, instead of freezing later.
+class OneShotRun(companion.Run):
+    """A run of the companion in which one shot before training takes the freezer's place."""
 
-    keep: the share; None means what AFLoRA trains on average. Returns it.
-    """
-    freezer = experiment.freezer
-    if freezer is None:
-        raise AFLoRAError("one shot chooses among the A and B that AFLoRA trains: leave out "
-                          "--method and --train-matrices none")
-    if keep is None:
-        plan = (freezer.total_steps, freezer.t_i, freezer.t_f)
-        shares = [1 - aflora.freezing_fraction(t, *plan) for t in range(freezer.total_steps)]
-        keep = float(sum(shares) / len(shares))
-    train = experiment.train
-    rows = torch.arange(len(train.labels)).split(experiment.recipe["batch_size"])[:8]
-    batches = [aflora.to_device(train.collate(few), experiment.device) for few in rows]
+    def prepare(self):
+        super().prepare()
+        self.recipe["keep"] = self.choose_matrices(self.args.keep)
+        self.freezer = None
+        self.trainable_start = trained_elements(self.model.encoder)
 
-    def loss(model):
-        dtype = aflora.COMPUTE_TYPES[experiment.precision]
-        with torch.autocast(experiment.device.type, dtype, experiment.precision != "fp32"):
-            return sum(companion.loss(model, batch) for batch in batches)
+    def choose_matrices(self, keep):
+        """Leaves a share of the elements of AFLoRA's A and B trainable, instead of freezing later.
 
-    experiment.model.eval()  # without dropout
-    for layer in experiment.layers.values():
-        nn.init.ones_(layer.s_b)  # at its start, 0, no gradient reaches A and B
-    freeze_one_shot(experiment.model, loss, keep, experiment.args.sensitivity, freezer.matrices)
-    for layer in experiment.layers.values():
-        nn.init.zeros_(layer.s_b)
-    return keep
+        keep: the share; None means what AFLoRA trains on average. Returns it.
+        """
+        freezer = self.freezer
+        if freezer is None:
+            raise AFLoRAError("one shot chooses among the A and B that AFLoRA trains: leave out "
+                              "--method and --train-matrices none")
+        if keep is None:
+            plan = (freezer.total_steps, freezer.t_i, freezer.t_f)
+            shares = [1 - aflora.freezing_fraction(t, *plan) for t in range(freezer.total_steps)]
+            keep = float(sum(shares) / len(shares))
+        rows = torch.arange(len(self.train_set.labels)).split(self.recipe["batch_size"])[:8]
+        batches = [aflora.to_device(self.train_set.collate(few), self.device) for few in rows]
+
+        def loss(model):
+            with aflora.autocast(self.device, self.precision):
+                return sum(companion.loss(model, batch) for batch in batches)
+
+        self.model.eval()  # without dropout
+        for layer in self.layers.values():
+            nn.init.ones_(layer.s_b)  # at its start, 0, no gradient reaches A and B
+        freeze_one_shot(self.model, loss, keep, self.args.sensitivity, freezer.matrices)
+        for layer in self.layers.values():
+            nn.init.zeros_(layer.s_b)
+        return keep
+
+    def make_result(self, training):
+        return super().make_result(training) | {"method": "freezenet"}
+
+    def save_adapter(self):
+        make_whole(self.model)
+        super().save_adapter()
 
 
 def compare_on_text(args):
-    """A run of the companion in which one shot before training takes the freezer's place."""
+    """Trains one task as the flags say."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = companion.choose_precision(args.amp, device)
-    task = companion.load_task(args.task, args.data)
-    out = Path(args.resume or args.out or f"runs/{args.task}-freezenet-s{args.seed}")
-    experiment = companion.prepare(args.task, args, task, device, precision)
-    experiment.recipe["keep"] = choose_matrices(experiment, args.keep)
-    experiment.freezer = None
-    experiment.trainable_start = trained_elements(experiment.model.encoder)
-
-    text_run = companion.Run(experiment, out)
-    try:
-        trained = text_run.train()
-    except companion.Stopped:
-        print(f"\nstopped; to go on: the same command with --resume {out}")
-        sys.exit(128 + text_run.caught[0])  # 130 for Ctrl-C, 143 for SIGTERM
-    result = companion.make_result(text_run, trained) | {"method": "freezenet"}
-    make_whole(experiment.model)
-    aflora.save_adapter(experiment.model, out / "adapter.pt")
-    aflora.write_file(out / "result.json", json.dumps(result, indent=1).encode())
-    companion.print_result(text_run, result)
-    companion.check_merged(text_run)
-    for name in ("checkpoint.pt", "run.json"):
-        (out / name).unlink()
+    task = load_task(args.task, args.data)
+    args.out = args.out or f"runs/{args.task}-freezenet-s{args.seed}"
+    OneShotRun(args.task, args, task, device, precision).train()
 
 
 # ------------------------------------------------------------------------------- the command line

@@ -21,6 +21,7 @@ import aflora
 import tiny
 import train_glue_small as glue
 from companion import adapter_of, log_of, result_of, run_main
+from data.text import WordPieceTokenizer, load_task
 
 THEIRS = {"query": "attention.self.query", "key": "attention.self.key",
           "value": "attention.self.value", "attention_output": "attention.output.dense",
@@ -196,9 +197,9 @@ def test_a_run_equals_the_run_by_hand(folder, monkeypatch, kind, seed):
         f"--epochs 10 --batch-size 4 --limit 15 --rank 2 --lr 2e-2 --head-lr 1e-2 --amp off "
         f"--t-i 0.25 --t-f 0.25 --sensitivity {kind} --seed {seed}")
 
-    task = glue.load_task("mrpc", folder)
+    task = load_task("mrpc", folder)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(seed))[:15]
-    tokenizer = glue.WordPieceTokenizer(folder / "vocab.txt")
+    tokenizer = WordPieceTokenizer(folder / "vocab.txt")
     examples = glue.Examples([task.train[i] for i in order], tokenizer)
     bert, adapters = reference_bert(2, seed)
     reference = Reference(bert, adapters, head, kind, total_steps=40, t_i=10, t_f=10)

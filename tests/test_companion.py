@@ -16,6 +16,7 @@ import tiny
 import train_glue_small as glue
 from companion import (MATRICES, adapter_of, contents, log_of, result_of, run_main, run_script)
 from data import fetch as sources
+from data.text import load_task
 
 FIELDS = set(
     "task data method rank seed preset accuracy f1 best_accuracy best_f1 best_epoch weights lr "
@@ -59,7 +60,7 @@ def test_script(folder):
         assert result["history"][-1].keys() == {"epoch", "step", "loss", "accuracy", "f1"}
         model, tokenizer = tiny.load_tiny(folder)
         aflora.load_adapter(model, out / "adapter.pt")
-        dev = glue.Examples(glue.load_task(name, folder).dev, tokenizer)
+        dev = glue.Examples(load_task(name, folder).dev, tokenizer)
         scores = glue.metrics(glue.predict(model, dev, result["precision"]), dev.labels)
         assert scores["accuracy"] == result["accuracy"]
 
@@ -161,7 +162,7 @@ def test_limit_draws_rows(folder, monkeypatch):
     path = folder / "SST-2/train.tsv"
     lines = [f"{word}\t{i % 2}" for i, word in enumerate(tiny.WORDS[5:])]
     path.write_text("\n".join(["sentence\tlabel", *lines, ""]))
-    rows = glue.load_task("sst2", folder).train
+    rows = load_task("sst2", folder).train
     drawn = []
     for seed in (0, 0, 1):
         seen.clear()
@@ -169,7 +170,7 @@ def test_limit_draws_rows(folder, monkeypatch):
         train, dev = seen
         assert len(train) == len(set(train)) == 20 and set(train) <= set(rows)
         assert len(set(train) & set(rows[:20])) < 15  # on average 7
-        assert dev == glue.load_task("sst2", folder).dev
+        assert dev == load_task("sst2", folder).dev
         assert result_of(folder / "out")["limit"] == 20
         drawn.append(train)
     assert drawn[0] == drawn[1] != drawn[2]
@@ -239,11 +240,11 @@ def test_padding_never_counts(folder, monkeypatch):
 
     monkeypatch.setattr(glue.BertClassifier, "forward", forward)
     assert run_main(folder, "--epochs 1 --batch-size 4 --amp off") == 0
-    assert len(padding) == 4 and min(padding) > 100  # plain, wrapped, after the epoch, merged
+    assert len(padding) == 5 and min(padding) > 100  # twice before, after the epoch, at the end, merged
 
 
 def test_the_file_is_merged_and_scored(folder, monkeypatch, capsys):
-    """Plain, wrapped, after each epoch, and last a plain model with W0 + L_b B L_d A in it."""
+    """Plain, wrapped, after each epoch, at the end, and then a plain model with W0 + L_b B L_d A."""
     models = []
 
     def note(model, *_):
@@ -251,7 +252,7 @@ def test_the_file_is_merged_and_scored(folder, monkeypatch, capsys):
 
     spy(monkeypatch, glue, "predict", note)
     assert run_main(folder, "--epochs 2 --batch-size 4 --lr 0.02 --train-matrices all") == 0
-    assert [count for count, _ in models] == [0, 12, 12, 12, 0]
+    assert [count for count, _ in models] == [0, 12, 12, 12, 12, 0]
     plain = models[0][1]
     merged = models[-1][1]
     values = adapter_of(folder / "out")["values"]

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 import aflora
 import tiny
 import train_glue_small as glue
+from data.text import load_task
 from aflora import AdaptiveFreezer, AFLoRAError
 
 ROOT = Path(aflora.__file__).resolve().parent
@@ -209,7 +210,7 @@ def test_a_bert_with_few_positions(folder):
     (folder / "model.safetensors").write_bytes(tiny.safetensors(tensors))
     config = tiny.CONFIG | dict(max_position_embeddings=8, hidden_dropout_prob=0.0)
     (folder / "config.json").write_text(json.dumps(config))
-    longest = max(len(text.split()) for text, _, _ in glue.load_task("sst2", folder).train)
+    longest = max(len(text.split()) for text, _, _ in load_task("sst2", folder).train)
     assert longest + 2 > 8  # [CLS] and [SEP]
     flags = ["--epochs", "2", "--batch-size", "8"]
     assert glue.main([*tiny_task(folder), *flags, "--out", str(folder / "companion")]) == 0

@@ -17,6 +17,7 @@ import torch.nn as nn
 import aflora
 import tiny
 import train_glue_small as glue
+from data.text import load_task
 from aflora import (AFLoRAError, freezing_fraction, load_adapter, save_adapter, save_checkpoint,
                     train)
 from tiny import Net, adapted, data, loss_of
@@ -724,7 +725,7 @@ def test_the_adapter_file_of_one_shot_is_what_was_trained(folder):
             if name.rpartition(".")[2] not in ("intermediate", "output"):
                 assert changed == 0
     assert 0 < moved <= round(0.25 * FFN)
-    task = glue.load_task("sst2", folder)
+    task = load_task("sst2", folder)
     dev = glue.Examples(task.dev, tokenizer)
     result = json.loads((folder / "out/result.json").read_text())
     predicted = glue.predict(model, dev, "fp32")

@@ -37,7 +37,7 @@ def test_short_and_impossible_schedules():
     ({"t_f": 2.5}, "t_f.*2.5"),
     ({"t_i": -1}, "t_i.*-1"),
     ({"total_steps": 200.5}, "total_steps.*200.5"),
-    ({"interval": 0}, "interval is 0.*at least 1"),
+    ({"interval": 0}, "interval is 0.*from 1"),
     ({"interval": "10"}, "interval is '10'"),
     ({"beta1": 1.0}, "beta"),
     ({"beta2": -0.1}, "beta"),

@@ -10,6 +10,7 @@ import torch
 
 import aflora
 import train_glue_small as companion
+from data import text
 from data.text import load_task
 
 ROOT = Path(aflora.__file__).resolve().parent
@@ -29,16 +30,16 @@ def cells(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(companion, "model_folder", lambda: folder)
     for name in ("PRESET", "FOLDER"):
         monkeypatch.setattr(results, name, getattr(results, name))
-    monkeypatch.setattr(companion, "load_task", load_task)
+    monkeypatch.setattr(text, "load_task", load_task)
     monkeypatch.setattr(aflora, "AdaptiveFreezer", aflora.AdaptiveFreezer)
     seen = []  # the tasks that the companion was given
-    prepare = companion.prepare
+    prepare = companion.Run.prepare
 
-    def watched(name, args, task, device, precision):
-        seen.append(task)
-        return prepare(name, args, task, device, precision)
+    def watched(run):
+        seen.append(run.task)
+        prepare(run)
 
-    monkeypatch.setattr(companion, "prepare", watched)
+    monkeypatch.setattr(companion.Run, "prepare", watched)
 
     def start(preset):
         results.use_preset(preset)

@@ -9,7 +9,7 @@ import tiny
 import train_glue_small as glue
 from aflora import AFLoRAError
 from data import fetch as sources
-from data.text import load_task, read_table
+from data.text import WordPieceTokenizer, load_task, read_table
 
 
 # ------------------------------------------------------------------------------------- the tasks
@@ -121,7 +121,7 @@ def rows():
 @pytest.fixture
 def tokenizer(folder):
     """The tiny BERT's."""
-    return glue.WordPieceTokenizer(folder / "vocab.txt")
+    return WordPieceTokenizer(folder / "vocab.txt")
 
 
 def pairs_in(batches):

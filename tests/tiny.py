@@ -232,8 +232,9 @@ def make_folder(path):
 def load_tiny(folder):
     """(classifier, tokenizer) of make_folder's BERT."""
     import train_glue_small as glue  # here, since aflora.py's own tests can do without it
+    from data.text import WordPieceTokenizer
     model = glue.BertClassifier(glue.Bert.load(folder))
-    return model, glue.WordPieceTokenizer(folder / "vocab.txt")
+    return model, WordPieceTokenizer(folder / "vocab.txt")
 
 
 def random_rows(count, longest):

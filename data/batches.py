@@ -1,0 +1,46 @@
+"""From texts to batches: token ids in one table, and batches of texts of like length.
+
+Padding is what a small BERT wastes most: the sentences of SST-2 have 13 tokens on average, and the
+longest of a batch sets the length of all.
+"""
+
+import math
+
+import torch
+
+from data.text import WordPieceTokenizer
+
+
+class Examples:
+    """Token ids of all texts, a row each, so that a batch is a choice of rows."""
+
+    def __init__(self, rows, tokenizer: WordPieceTokenizer, max_length=128):
+        self.ids = torch.full((len(rows), max_length), tokenizer.vocab["[PAD]"])
+        self.segments = torch.zeros_like(self.ids)
+        self.lengths = torch.zeros(len(rows), dtype=torch.int64)
+        self.labels = torch.tensor([label for *_, label in rows])
+        for i, (text, pair, _) in enumerate(rows):
+            ids, segments = tokenizer.encode(text, pair, max_length)
+            self.ids[i, :len(ids)] = torch.tensor(ids)
+            self.segments[i, :len(ids)] = torch.tensor(segments)
+            self.lengths[i] = len(ids)
+
+    def collate(self, rows):
+        """ids, segments, mask (N, T) and labels (N,) of these rows, T the length of the longest.
+
+        On CUDA the next multiple of 8: few shapes occur, each of which is recorded once.
+        """
+        longest = int(self.lengths[rows].max())
+        if torch.cuda.is_available():
+            longest = min(math.ceil(longest / 8) * 8, self.ids.shape[1])
+        mask = torch.arange(longest) < self.lengths[rows, None]
+        return self.ids[rows, :longest], self.segments[rows, :longest], mask, self.labels[rows]
+
+    def batches(self, size, seed, epoch):
+        """All rows in random order, but of like length in a batch: cut from sorted pools of 50."""
+        random = torch.Generator().manual_seed(1000 * seed + epoch)
+        groups = []
+        for pool in torch.randperm(len(self.labels), generator=random).split(50 * size):
+            groups += pool[self.lengths[pool].argsort(stable=True)].split(size)
+        groups = [groups[i] for i in torch.randperm(len(groups), generator=random)]  # batches
+        return torch.utils.data.DataLoader(groups, None, collate_fn=self.collate, generator=random)
