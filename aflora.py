@@ -666,26 +666,24 @@ def train(model, batches, loss, *, epochs, accumulate=1, after_step=None, resume
 def steps_left(training, batches, accumulate):
     """Yields the micro-batches of each step that is left in this epoch.
 
-    In a resumed epoch those before are passed over, under the random state with which it began: a
+    Of a resumed epoch those before are passed over, under the random state with which it began: a
     shuffling DataLoader draws its order from that.
     """
     epoch, done = divmod(training.steps, training.steps_per_epoch)
+    now = random_state()
     if done == 0:
-        training.epoch_start = random_state()
+        training.epoch_start = now
         training.sums[0] = 0
-        iterator = iter(batches(epoch))
-    else:  # resumed inside an epoch: its order once more, without what is done
-        now = random_state()
-        set_random_state(training.epoch_start)
-        iterator = iter(batches(epoch))
-        for _ in itertools.islice(iterator, done * accumulate):
-            pass
+    set_random_state(training.epoch_start)
+    iterator = iter(batches(epoch))
+    if done > 0:
+        for _ in range(done * accumulate):
+            next(iterator, None)
         set_random_state(now)
     for _ in range(done, training.steps_per_epoch):
         micro_batches = list(itertools.islice(iterator, accumulate))
-        if not micro_batches:
-            break
-        yield micro_batches
+        if micro_batches:
+            yield micro_batches
     if training.steps % training.steps_per_epoch != 0 or next(iterator, None) is not None:
         raise AFLoRAError("batches(epoch) has to hold as many batches in each epoch")
 
@@ -811,9 +809,9 @@ def write_file(path, content):
     """Writes bytes, or an object by torch.save. Under another name first: never half a file."""
     path = pathlib.Path(os.path.realpath(path))  # a link stays, what it points to changes
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # one for each process
-    try:
-        with blame(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    with blame(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
             with part.open("xb") as file:
                 if isinstance(content, bytes):
                     file.write(content)
@@ -822,9 +820,8 @@ def write_file(path, content):
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def read_file(path, kind):

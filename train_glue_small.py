@@ -374,12 +374,12 @@ class Run:
         self.model = model
         self.train_set = train
         self.dev_set = dev
-        self.layers = self.adapt()
+        self.layers = self.add_adapters()
         self.trainable_start = trainable(model.encoder)
         self.total_steps = self.recipe["epochs"] * len(self.batches(0))
         self.freezer = self.make_freezer()
 
-    def adapt(self):
+    def add_adapters(self):
         """Adds the adapters, and shows that this changes no prediction."""
         plain = self.predict_dev()
         if self.args.method != "full":
@@ -474,8 +474,8 @@ class Run:
             aflora.save_checkpoint(training, self.out / "checkpoint.pt")
         if self.signals:
             self.save_adapter()
-            print(f"\nstopped; what was learned so far is in {self.out / 'adapter.pt'}; to go on: "
-                  f"the same command with --resume {self.out}")
+            print(f"\nstopped; what was learned so far is in {self.out / 'adapter.pt'}; to go on, "
+                  f"start it with --resume {self.out}")
             raise SystemExit(128 + self.signals[0])  # 130 for Ctrl-C, 143 for SIGTERM
         self.clock = time.perf_counter()
 

@@ -1,7 +1,7 @@
 """From texts to batches: token ids in one table, and batches of texts of like length.
 
 Padding is what a small BERT wastes most: the sentences of SST-2 have 13 tokens on average, and the
-longest of a batch sets the length of all.
+longest text of a batch sets the length of all.
 """
 
 import math
@@ -12,7 +12,11 @@ from data.text import WordPieceTokenizer
 
 
 class Examples:
-    """Token ids of all texts, a row each, so that a batch is a choice of rows."""
+    """Token ids of all texts, a row each, so that a batch is a choice of rows.
+
+    rows: (text, second text or None, label) each.
+    max_length: tokens of a text at most; longer ones are cut.
+    """
 
     def __init__(self, rows, tokenizer: WordPieceTokenizer, max_length=128):
         self.ids = torch.full((len(rows), max_length), tokenizer.vocab["[PAD]"])
@@ -37,10 +41,12 @@ class Examples:
         return self.ids[rows, :longest], self.segments[rows, :longest], mask, self.labels[rows]
 
     def batches(self, size, seed, epoch):
-        """All rows in random order, but of like length in a batch: cut from sorted pools of 50."""
+        """A DataLoader of all rows in random order, but of like length in a batch: the batches are
+        cut from pools of 50 that are sorted by length, and then come in random order, too."""
         random = torch.Generator().manual_seed(1000 * seed + epoch)
+        order = torch.randperm(len(self.labels), generator=random)
         groups = []
-        for pool in torch.randperm(len(self.labels), generator=random).split(50 * size):
+        for pool in order.split(50 * size):
             groups += pool[self.lengths[pool].argsort(stable=True)].split(size)
-        groups = [groups[i] for i in torch.randperm(len(groups), generator=random)]  # batches
+        groups = [groups[i] for i in torch.randperm(len(groups), generator=random)]
         return torch.utils.data.DataLoader(groups, None, collate_fn=self.collate, generator=random)
