@@ -203,9 +203,11 @@ class ELoRALinear(AFLoRALinear):
     """At a high rank with frozen matrices, to scale activations is cheaper than to fold vectors."""
 
     def forward(self, x):
-        y = self.base(x)
-        h = F.linear(x, self.lora_A.to(x.dtype)).to(y.dtype) * self.s_d.to(y.dtype)
-        return y + F.linear(h, self.lora_B.to(y.dtype)) * self.s_b.to(y.dtype)
+        tokens = x.reshape(-1, x.shape[-1])
+        y = self.base(tokens)
+        h = F.linear(tokens, self.lora_A.to(x.dtype)).to(y.dtype) * self.s_d.to(y.dtype)
+        y = y + F.linear(h, self.lora_B.to(y.dtype)) * self.s_b.to(y.dtype)
+        return y.view(*x.shape[:-1], -1)
 
 
 @torch.no_grad()
