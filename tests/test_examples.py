@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 
 import aflora
 import tiny
 import train_glue_small as glue
 from data.text import load_task
 from aflora import AdaptiveFreezer, AFLoRAError
+from test_readme import blocks, names_for_code
 
 ROOT = Path(aflora.__file__).resolve().parent
 EXAMPLES = ROOT / "examples"
@@ -243,3 +245,56 @@ def test_the_example_of_your_own_model(tmp_path, monkeypatch, capsys, part):
     else:
         assert "[8, 9, 10, 11, 12, 13, 14, 15]" in printed
         assert (tmp_path / "llama/model.safetensors").exists()
+
+
+def test_the_lines_for_the_trainer_run(tmp_path, monkeypatch):
+    """What the page says to write around AFLoRATrainer: all matrices freeze, the adapter loads."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
+    import your_own_model as example
+    code, = blocks("examples/README.md", "The Trainer of transformers")
+    batch = example.bert_batches(0)[0]
+    rows = [dict(input_ids=ids, labels=y) for ids, y in zip(batch["input_ids"], batch["labels"])]
+    names = {"model": example.plain_bert(), "rows": rows * 10}
+    exec(code, names)
+    assert len(names["trainer"].freezer.frozen_at) == 8
+    assert len(aflora.load_adapter(example.plain_bert(), "adapter.pt")) == 4
+
+
+def accelerated(first, last, load=None, save=None):
+    """Runs the loop of accelerate from one epoch to another: its names."""
+    code, = blocks("examples/README.md", "accelerate and DistributedDataParallel")
+    for old, new in [("range(3)", f"range({first}, {last})"),
+                     ("steps // 2)", "steps // 2, interval=1)")]:
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    if load:
+        code = code.replace("model.train()", f"accelerator.load_state({load!r})\nmodel.train()")
+    if save:
+        code += f"\naccelerator.save_state({save!r})\n"
+    rows = [(x, label) for batch in tiny.data(batches=15) for x, label in zip(*batch)]
+    names = names_for_code() | {"loader": DataLoader(rows, batch_size=16)}
+    exec(code, names)
+    return names
+
+
+def test_the_loop_of_accelerate_goes_on(tmp_path, monkeypatch):
+    """From a state saved while some matrices were frozen it ends with the same bits."""
+    pytest.importorskip("accelerate")
+    from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state(reset_partial_state=True)  # of other tests' Trainers
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    state = str(tmp_path / "state")
+    whole = accelerated(0, 3)
+    part = accelerated(0, 1, save=state)
+    assert len(part["freezer"].frozen_at) == 3
+    again = accelerated(1, 3, load=state)
+    assert len(again["freezer"].frozen_at) == 4
+    assert again["freezer"].frozen_at == whole["freezer"].frozen_at
+    assert again["freezer"].step == whole["freezer"].step == 24
+    for p, q in zip(again["model"].parameters(), whole["model"].parameters(), strict=True):
+        assert p.requires_grad == q.requires_grad
+        assert torch.equal(p, q)
