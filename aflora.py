@@ -21,8 +21,8 @@ Papers: AFLoRA, Liu et al. (arXiv 2403.13269); LoRA, Hu et al. (2106.09685); ELo
 VeRA, Kopiczko et al. (2310.11454); PLATON, whose score this is, Zhang et al. (2206.12562).
 """
 
-import contextlib, hashlib, itertools, math, numbers
-import os, pathlib, re, secrets, warnings, zipfile
+import contextlib, hashlib, itertools, json, math, numbers
+import os, pathlib, secrets, warnings, zipfile
 from collections import Counter
 from fractions import Fraction
 
@@ -447,7 +447,7 @@ class Training:
         self.recorder = GraphRecorder(self.forward_backward) if graphs else None
         self.steps = 0
         self.line = dict(step=0)  # of the log: the last report()
-        self.notes = {}  # the caller's own, plain values that a checkpoint is to keep
+        self.notes = {}  # the caller's own, for JSON: a checkpoint keeps them
         self.epoch_start = random_state()  # the random state at the start of this epoch
         # The epoch's losses, and the run's skipped steps. On the device: reading them waits for it
         self.sums = torch.zeros(2, device=self.device)
@@ -772,12 +772,14 @@ def save_checkpoint(training, path):
     the start, states of optimizer, scaler, freezer and random generators, the place in the data.
     """
     training.read_sums()  # raises where something was not finite: the last checkpoint stays
+    with blame("training.notes"):
+        notes = json.dumps(training.notes)
     write_file(path, dict(
         format=CHECKPOINT_FORMAT,
         plan=training.plan,
         steps=training.steps,
         line=training.line,
-        notes=training.notes,
+        notes=notes,
         sums=training.sums,
         values=learned_values(training.model),
         optimizer=training.optimizer.state_dict(),
@@ -799,7 +801,7 @@ def load_checkpoint(training, path):
         set_values(training.model, content["values"])
         training.steps = content["steps"]
         training.line = content["line"]
-        training.notes = content["notes"]
+        training.notes = json.loads(content["notes"])
         training.sums.copy_(content["sums"])
         now, training.epoch_start = content["random"]
         set_random_state(now)

@@ -442,8 +442,7 @@ class Run:
         checkpoint = self.out / "checkpoint.pt"
         if self.args.resume:
             with blame(checkpoint):
-                notes = aflora.read_file(checkpoint, aflora.CHECKPOINT_FORMAT)["notes"]
-                aflora.expect_equal(notes["checksums"], self.checksums)
+                aflora.expect_equal(self.args.checksums, self.checksums)
         elif checkpoint.exists():
             raise AFLoRAError(f"{checkpoint} is of a stopped run: --resume it, or remove it")
 
@@ -488,7 +487,7 @@ class Run:
         """
         self.started = True
         notes.setdefault("log", [])
-        notes |= dict(flags=vars(self.args) | dict(task=self.name), checksums=self.checksums)
+        notes["flags"] = vars(self.args) | dict(task=self.name, checksums=self.checksums)
         self.seconds = notes["log"][-1]["seconds"] if notes["log"] else 0.0
         for name in ("adapter.pt", "result.json", "freeze_map.txt", "*.part"):
             for path in self.out.glob(name):
@@ -661,7 +660,7 @@ def parse(argv=None):
     if args.resume:
         with blame(f"is {args.resume} the folder of a stopped run?"):
             content = aflora.read_file(f"{args.resume}/checkpoint.pt", aflora.CHECKPOINT_FORMAT)
-        there = content["notes"]["flags"] | dict(resume=args.resume)
+        there = json.loads(content["notes"])["flags"] | dict(resume=args.resume)
         parser.set_defaults(**there)
         args = parser.parse_args(argv)
         aflora.expect_equal(there, vars(args))

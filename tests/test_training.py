@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -554,6 +555,33 @@ def test_saving_leaves_the_log_alone(tmp_path):
               after_step=after_step)
         logs.append(log)
     assert logs[0] == logs[1]
+
+
+def test_notes_come_back(tmp_path):
+    """What a hook notes is there after a resume, numbers of NumPy, too; what cannot be kept is
+    refused when it is saved, and the last checkpoint stays."""
+    path = tmp_path / "c.pt"
+
+    def after_step(training):
+        scores = training.notes.setdefault("scores", [])
+        scores.append(np.mean([training.steps, 0]))
+        save_checkpoint(training, path)
+        if training.steps == 3 and not resumed:
+            raise KeyboardInterrupt
+
+    settings = dict(epochs=2, lr=1e-2, after_step=after_step)
+    resumed = False
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny.adapted()[0], always(tiny.data()), tiny.loss_of, **settings)
+    resumed = True
+    training = train(tiny.adapted()[0], always(tiny.data()), tiny.loss_of, resume=path, **settings)
+    assert training.notes == {"scores": [step / 2 for step in range(1, 17)]}
+
+    good = path.read_bytes()
+    training.notes["array"] = np.ones(2)
+    with pytest.raises(AFLoRAError, match="training.notes: .*ndarray is not JSON"):
+        save_checkpoint(training, path)
+    assert path.read_bytes() == good
 
 
 # -------------------------------------------------------------------------------- the demonstration
