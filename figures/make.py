@@ -32,7 +32,7 @@ import results  # noqa: E402
 from aflora import freezing_fraction  # noqa: E402
 from claims import KINDS, choose_preset, place  # noqa: E402
 from results import (  # noqa: E402
-    AFLORA, METHODS, QUESTION_SEEDS, SEEDS, TASKS, mean_and_deviation)
+    AFLORA, METHODS, QUESTION_SEEDS, TASKS, mean_and_deviation)
 
 TITLES = {"sst2": "SST-2", "mrpc": "MRPC"}
 LABELS = {"full": "full fine-tuning", "lora r=8": "LoRA r=8", "elora r=4": "ELoRA r=4",
@@ -275,9 +275,9 @@ def scores():
 
 def accuracy():
     """Accuracy against trained parameters; who trains only the head is a line across."""
-    _, panels = panels_for(METHODS, SEEDS, 3.7)
+    _, panels = panels_for(METHODS, results.method_seeds(), 3.7)
     for axes, task in panels:
-        runs = {arm: cells_of(task, arm, SEEDS) for arm in METHODS}
+        runs = {arm: cells_of(task, arm, results.method_seeds()) for arm in METHODS}
         points = {}  # arm: parameters trained, mean accuracy, its deviation
         for arm, cells in runs.items():
             trained, _ = mean_and_deviation([cell["trainable_average"] for cell in cells])
