@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import torch
 
 import train_glue_small as glue
+from processes import ForkedScript
 
 MATRICES = [f"encoder.layers.{i}.{module}.lora_{matrix}" for i in range(2)
             for module in glue.ATTENTION + glue.FFN for matrix in "AB"]
@@ -23,13 +22,14 @@ def run_main(folder, flags="", task="sst2"):
 
 
 def run_script(folder, *flags):
-    """The finished process of the script with these flags; no network, an empty cache."""
+    """Runs the script with these flags in a fork: (what it printed, its errors, exit status).
+
+    No network, an empty cache. (kill.py, whose short form is a test, too, runs it in a new Python.)
+    """
     environment = os.environ | {
         "AFLORA_CACHE": f"{folder}/none", "HF_ENDPOINT": "http://127.0.0.1:9",
-        "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "AFLORA_DATA": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, glue.__file__, *map(str, flags)], cwd=folder, env=environment,
-        capture_output=True, encoding="utf-8", errors="replace", timeout=120)
+        "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "AFLORA_DATA": ""}
+    return ForkedScript(glue.__file__, flags, folder, environment).finish(120)
 
 
 def result_of(out):

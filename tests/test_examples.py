@@ -1,13 +1,13 @@
 """The examples do what they say: several processes, models of transformers.
 
-Processes are started as a user starts them, on the tiny BERT of tiny.py; no network, no GPU.
+All on the tiny BERT of tiny.py; no network, no GPU. Two processes that train are started as a user
+starts them; where the start itself is not what is tested they are forks, which begin at once.
 """
 
+import importlib.util
 import json
 import os
-import signal
-import subprocess
-import sys
+import socket
 import time
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import tiny
 import train_glue_small as glue
 from data.text import load_task
 from aflora import AdaptiveFreezer, AFLoRAError
+from processes import ForkedScript
 from test_readme import blocks, names_for_code
 
 ROOT = Path(aflora.__file__).resolve().parent
@@ -57,49 +58,42 @@ def environment(folder):
     return ours | dict(OMP_NUM_THREADS="1", AFLORA_CACHE=f"{folder}/none", AFLORA_DATA="")
 
 
-def start_processes(folder, count, *flags):
-    """examples/distributed.py under torchrun, on the tiny BERT, which has no dropout here."""
+def without_dropout(folder):
+    """The tiny BERT there has none from now on, so that its batches may be divided anyhow."""
     config = tiny.CONFIG | dict(hidden_dropout_prob=0.0)
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def start_torchrun(folder, count, *flags):
+    """examples/distributed.py under torchrun, watched: torchrun is a fork, not what it starts."""
     (folder / "watched.py").write_text(WATCHED)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}",
-        "watched.py", str(EXAMPLES / "distributed.py"), *tiny_task(folder), "--out", f"out{count}",
-        *flags]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment(folder), encoding="utf-8", stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE)
+    torchrun = importlib.util.find_spec("torch.distributed.run").origin
+    command = ["--standalone", f"--nproc_per_node={count}", "watched.py",
+               EXAMPLES / "distributed.py", *tiny_task(folder), *flags]
+    return ForkedScript(torchrun, command, folder, environment(folder))
 
 
-def run_alone(folder, *runs):
-    """The finished processes of examples/distributed.py without torchrun, started all at once.
-
-    runs: a list of flags for each. A process gets an attribute `errors`, what it wrote to stderr.
-    """
-    processes = []
-    for flags in runs:
-        command = [sys.executable, str(EXAMPLES / "distributed.py"), *tiny_task(folder), *flags]
-        processes.append(subprocess.Popen(
-            command, cwd=folder, env=environment(folder), encoding="utf-8",
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-    for process in processes:
-        _, process.errors = process.communicate(timeout=200)
-    return processes
+def start_alone(folder, *flags, **variables):
+    """examples/distributed.py in a fork, without torchrun; `variables` of its environment."""
+    return ForkedScript(EXAMPLES / "distributed.py", [*tiny_task(folder), *flags], folder,
+                        environment(folder) | variables)
 
 
 def test_two_processes_train_as_one(folder):
-    """The same batches on one and on two gloo processes: the same freezing steps and losses,
-    weights equal within float tolerance, both ranks bit-equal, less to send when everything is
-    frozen, and no thread of the process group left when a process ends.
+    """The same batches on one and, under torchrun, on two gloo processes: the same freezing steps
+    and losses, weights equal within float tolerance, both ranks bit-equal, less to send when
+    everything is frozen, and no thread of the process group left when a process ends.
     """
     # 21 rows: of the last batch's one row the second process has none.
     flags = ["--epochs", "8", "--batch-size", "5", "--limit", "21"]
     results = []
     adapters = []
-    processes = {count: start_processes(folder, count, *flags) for count in (1, 2)}
-    for count, process in processes.items():
-        printed, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    without_dropout(folder)
+    two = start_torchrun(folder, 2, *flags, "--out", "out2")
+    one = start_alone(folder, *flags, "--out", "out1")
+    for count, process in ((1, one), (2, two)):
+        printed, errors, code = process.finish(300)
+        assert code == 0, errors
         out = folder / f"out{count}"
         results.append(json.loads((out / "result.json").read_text()))
         adapters.append(torch.load(out / "adapter.pt", weights_only=True))
@@ -157,35 +151,40 @@ def test_processes_that_froze_differently_stop(monkeypatch, other, alike):
     assert len(training.sent) == training.steps
 
 
-def test_a_process_that_dies_ends_the_run(folder):
-    """One of two processes is killed while they train: the run ends with an error in a minute."""
-    process = start_processes(folder, 2, "--epochs", "100000")
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_dies_ends_the_run(folder, killed):
+    """One of two processes is killed while they train: the other one, by itself and without
+    torchrun, which would see to it, too, ends with an error in a minute."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])  # a free one
+    processes = []
+    for rank in "01":
+        processes.append(start_alone(
+            folder, "--epochs", "100000", "--out", "out", RANK=rank, WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
+    began = time.perf_counter()
     try:
-        line = ""
-        while "epoch 20 " not in line:
-            line = process.stdout.readline()
-            assert line, process.stderr.read()
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGKILL)
-        began = time.perf_counter()
-        process.communicate(timeout=60)
-        assert process.returncode != 0
-        assert time.perf_counter() - began < 60
+        while "epoch 20 " not in processes[0].printed():
+            assert all(each.process.is_alive() for each in processes)
+            assert time.perf_counter() - began < 120
+            time.sleep(0.01)
+        processes.pop(killed).process.kill()
     finally:
-        process.kill()
+        _, errors, code = processes[0].finish(60)
+    assert code in (1, 2)  # None if it still trained or waited
+    assert "dist.all_reduce" in errors  # there it had to wait for the other one
 
 
 def test_a_flag_of_zero_is_refused_as_by_the_companion(folder, capsys):
     """Zero is not taken for "not given": both scripts end with one and the same error."""
-    flags = ["--batch-size", "--lr"]  # one that the recipe refuses, one that Training does
-    runs = run_alone(folder, *(["--out", "out", flag, "0"] for flag in flags))
-    for flag, done in zip(flags, runs):
+    for flag in ("--batch-size", "--lr"):  # one that the recipe refuses, one that Training does
+        _, errors, code = start_alone(folder, "--out", "out", flag, "0").finish(200)
         assert glue.main([*tiny_task(folder), "--out", str(folder / "out"), flag, "0"]) == 2
         expected = capsys.readouterr().err
         assert expected.startswith("error: ")
-        assert done.returncode == 2
-        assert "Traceback" not in done.errors
-        assert done.errors.splitlines()[-1] == expected.strip()  # a warning may stand before it
+        assert code == 2
+        assert "Traceback" not in errors
+        assert errors.splitlines()[-1] == expected.strip()  # a warning may stand before it
     assert not (folder / "out").exists()
 
 
@@ -197,11 +196,12 @@ def test_flags_that_do_nothing_are_refused(folder):
         ("--seed", "-1"): "--seed",
         ("--data", "none"): "SST-2/train.tsv is missing",
     }
-    for done, message in zip(run_alone(folder, *messages), messages.values()):
-        assert done.returncode == 2
-        assert done.errors.startswith("error: ")
-        assert done.errors.count("\n") == 1
-        assert message in done.errors
+    for flags, message in messages.items():
+        _, errors, code = start_alone(folder, *flags).finish(200)
+        assert code == 2
+        assert errors.startswith("error: ")
+        assert errors.count("\n") == 1
+        assert message in errors
 
 
 def test_a_bert_with_few_positions(folder):
@@ -216,8 +216,8 @@ def test_a_bert_with_few_positions(folder):
     assert longest + 2 > 8  # [CLS] and [SEP]
     flags = ["--epochs", "2", "--batch-size", "8"]
     assert glue.main([*tiny_task(folder), *flags, "--out", str(folder / "companion")]) == 0
-    done, = run_alone(folder, [*flags, "--out", "alone"])
-    assert done.returncode == 0, done.errors
+    _, errors, code = start_alone(folder, *flags, "--out", "alone").finish(200)
+    assert code == 0, errors
 
     expected = json.loads((folder / "companion/result.json").read_text())
     result = json.loads((folder / "alone/result.json").read_text())
@@ -230,13 +230,16 @@ def test_a_bert_with_few_positions(folder):
 # -------------------------------------------------------------------------------------- the others
 @pytest.mark.parametrize("part", ["bert_by_train", "llama_by_a_loop"])
 def test_the_example_of_your_own_model(tmp_path, monkeypatch, capsys, part):
-    """A BERT by train() and a Llama in a loop of its own learn. The example itself asserts that its
-    files give the same logits, bit for bit, and that a merged Llama is a plain one.
+    """A BERT by train(), here on half of the batches, and a Llama in a loop of its own learn. The
+    example itself asserts that its files give the same logits, bit for bit, and that a merged
+    Llama is a plain one.
     """
     pytest.importorskip("transformers")
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.chdir(tmp_path)
     import your_own_model as example
+    batches = example.bert_batches
+    monkeypatch.setattr(example, "bert_batches", lambda epoch: batches(epoch)[:50])
     before, after = getattr(example, part)()
     assert after < before / 2
     printed = capsys.readouterr().out

@@ -20,6 +20,7 @@ import train_glue_small as glue
 from data.text import load_task
 from aflora import (AFLoRAError, freezing_fraction, load_adapter, save_adapter, save_checkpoint,
                     train)
+from processes import FORK
 from tiny import Net, adapted, data, loss_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -628,13 +629,17 @@ def test_mnist_files(tmp_path, monkeypatch):
     assert not cached.exists()
 
 
-def test_runs_in_other_processes_are_appended(tmp_path, capsys):
-    """Each finished run is a line behind those that are there; a failed one ends all, with them."""
+def test_runs_in_other_processes_are_appended(tmp_path, monkeypatch, capsys):
+    """Each finished run is a line behind those that are there; a failed one ends all, with them.
+
+    The first runs are in new processes of Python, the others in forks, which start at once.
+    """
     path = tmp_path / "new" / "runs.jsonl"
     lines = [{"arm": "SNIP", "factor": 50, "seed": seed, "epochs": 2, "accuracy": 1.5}
              for seed in range(3)]
     run_all = freezenet.report.run_all
     run_all(dict, [(list(line.items()),) for line in lines[:1]], path, 1)
+    monkeypatch.setattr(torch.multiprocessing, "get_context", lambda method: FORK)
     run_all(dict, [(list(line.items()),) for line in lines[1:]], path, 1)
     assert freezenet.report.read(path, 2) == lines
     assert freezenet.report.read(path, 3) == []
