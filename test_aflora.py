@@ -577,7 +577,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, precision):
     expected_lines = dict(lines)
     assert len(lines) >= 20
     assert (expected[0]["last line"]["skipped"] > 0) == (precision == "fp16")
-    assert len(expected[0]["frozen_at"]) == 8
+    assert sorted(expected[0]["frozen_at"].values()) == [10, 20, 30, 44]
 
     saving = tiny.resumable(precision, after_step=log_and_save)
     tiny.assert_same_run(saving, expected)

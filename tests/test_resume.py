@@ -14,7 +14,7 @@ import tiny
 import train_glue_small as glue
 from companion import contents, log_of, result_of, run_main
 
-RUN = "--epochs 4 --batch-size 4 --checkpoint-every 4"  # 24 steps, six an epoch
+RUN = "--epochs 3 --batch-size 4 --checkpoint-every 4"  # 18 steps, six an epoch
 
 
 def at_step(monkeypatch, number, act):
@@ -166,7 +166,7 @@ def test_interrupted_twice(whole, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------- SIGKILL
-@pytest.mark.parametrize("steps", [(12,), (8, 3), (5, 5, 5), (24,)])
+@pytest.mark.parametrize("steps", [(12,), (8, 3), (5, 5, 5), (18,)])
 def test_runs_killed_in_a_step_go_on(whole, steps):
     """Killed, also when they had been resumed, runs end as the one that was not:
     from the last checkpoint on, each logged line once."""
@@ -284,17 +284,6 @@ def test_a_full_disk_is_named_and_spares_the_checkpoint(folder):
 
 
 # ---------------------------------------------------------------------------- what is refused
-def test_a_stopped_run_is_not_overwritten(folder, capsys):
-    """A new start in its folder is refused, with a word on how to go on, and touches nothing."""
-    stop_run(folder, 5)
-    before = contents(folder / "out")
-    capsys.readouterr()
-    assert run_main(folder, RUN) == 2
-    message = capsys.readouterr().err
-    assert str(folder / "out/checkpoint.pt") in message and "--resume" in message
-    assert contents(folder / "out") == before
-
-
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """A tiny folder with a stopped run in "out", for tests that leave it alone."""
@@ -303,11 +292,30 @@ def stopped(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def spoilt(stopped):
+    """The same, for tests that spoil a file there: behind them each is as it was."""
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    yield stopped
+    for path, content in before.items():
+        path.write_bytes(content)
+
+
+def test_a_stopped_run_is_not_overwritten(stopped, capsys):
+    """A new start in its folder is refused, with a word on how to go on, and touches nothing."""
+    before = contents(stopped / "out")
+    capsys.readouterr()
+    assert run_main(stopped, RUN) == 2
+    message = capsys.readouterr().err
+    assert str(stopped / "out/checkpoint.pt") in message and "--resume" in message
+    assert contents(stopped / "out") == before
+
+
 @pytest.mark.parametrize("flags, message", [
     ("--seed 1", "seed is 0 there, 1 here"),
     ("--task mrpc", "task is sst2 there, mrpc here"),
     ("--method lora", "method is aflora there, lora here"),
-    ("--epochs 5", "epochs is 4 there, 5 here"),
+    ("--epochs 5", "epochs is 3 there, 5 here"),
     ("--lr 0.01", "lr is None there, 0.01 here"),
     ("--checkpoint-every 5", "checkpoint_every is 4 there, 5 here"),
     ("--sensitivity weight", "sensitivity is gradient-weight there, weight here"),
@@ -346,41 +354,38 @@ def test_a_folder_moved_elsewhere_resumes(whole):
 
 @pytest.mark.parametrize("file", ["SST-2/train.tsv", "SST-2/dev.tsv"])
 @pytest.mark.parametrize("old, new", [("good\t1", "good\t0"), ("film", "movie")])
-def test_changed_texts_on_resume_are_noticed(folder, capsys, file, old, new):
+def test_changed_texts_on_resume_are_noticed(spoilt, capsys, file, old, new):
     """Another label or word in train or dev: the run would not be the one that was stopped."""
-    stop_run(folder, 5)
-    before = contents(folder / "out")
-    path = folder / file
+    before = contents(spoilt / "out")
+    path = spoilt / file
     path.write_text(path.read_text().replace(old, new, 1))
     capsys.readouterr()
-    assert resume(folder) == 2
+    assert resume(spoilt) == 2
     error = capsys.readouterr().err
     assert "texts is" in error and error.count("\n") == 1
-    assert contents(folder / "out") == before
+    assert contents(spoilt / "out") == before
 
 
-def test_changed_weights_on_resume_are_noticed(folder, capsys):
+def test_changed_weights_on_resume_are_noticed(spoilt, capsys):
     """So are other weights of the model."""
-    stop_run(folder, 5)
     tensors = tiny.checkpoint()
     tensors["encoder.layer.0.output.dense.weight"][3, 4] += 1
-    (folder / "model.safetensors").write_bytes(tiny.safetensors(tensors))
+    (spoilt / "model.safetensors").write_bytes(tiny.safetensors(tensors))
     capsys.readouterr()
-    assert resume(folder) == 2
+    assert resume(spoilt) == 2
     assert "weights is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", "PK"])
-def test_a_folder_that_is_no_stopped_run(folder, capsys, content):
+def test_a_folder_that_is_no_stopped_run(spoilt, capsys, content):
     """A missing or damaged checkpoint is named; nothing is touched."""
-    stop_run(folder, 5)
-    path = folder / "out/checkpoint.pt"
+    path = spoilt / "out/checkpoint.pt"
     path.unlink()
     if content is not None:
         path.write_text(content)
-    before = contents(folder / "out")
+    before = contents(spoilt / "out")
     capsys.readouterr()
-    assert resume(folder) == 2
+    assert resume(spoilt) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "checkpoint.pt" in error
-    assert contents(folder / "out") == before
+    assert contents(spoilt / "out") == before

@@ -263,7 +263,7 @@ def test_a_step_never_waits_for_the_device(precision, monkeypatch):
     for waiting in ("cpu", "numpy", "nonzero", "__array__"):
         monkeypatch.setattr(torch.Tensor, waiting, None)
     with Transfers() as transfers:
-        freezer, _ = tiny.run(model, layers, precision=precision, after_step=after_step)
+        freezer, _ = tiny.run(model, layers, 5, precision=precision, after_step=after_step)
     assert transfers.count <= 1  # the optimizer's steps, once, before the first matrix freezes
     assert len(freezer.frozen_at) == 12
     assert len(lists) == len(lines) + len(set(freezer.frozen_at.values()))
@@ -473,7 +473,8 @@ def test_checkpoints_of_another_run_are_refused(tmp_path, match, options):
     with pytest.raises(KeyboardInterrupt):
         tiny.resumable(after_step=tiny.stop_after(7, path))
     options = {"lr": 1e-2, "freezer": (60, 6, 16), "epochs": 20, "adapters": {}} | options
-    model, layers = tiny.adapted(**({"train_matrices": ["up", "down"]} | options.pop("adapters")))
+    adapters = {"depth": 1, "train_matrices": ["up", "down"]} | options.pop("adapters")
+    model, layers = tiny.adapted(**adapters)
     if options["freezer"]:
         options["freezer"] = AdaptiveFreezer(layers, *options["freezer"])
     with pytest.raises(AFLoRAError, match=f"c.pt: .*{match}|{match}: "):

@@ -48,10 +48,10 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def adapted(targets=("query", "up", "down"), modules_to_save=("head",), **options):
+def adapted(targets=("query", "up", "down"), modules_to_save=("head",), depth=2, **options):
     """(Net, its adapters): twelve matrices that train, or what `options` of add_adapters say."""
     torch.manual_seed(0)
-    model = Net()
+    model = Net(depth=depth)
     layers = add_adapters(model, targets, modules_to_save=modules_to_save, **options)
     return model, layers
 
@@ -94,15 +94,16 @@ def run(model, layers, epochs=10, t_i=0.1, t_f=0.3, batches=None, freezer=None, 
 def resumable(precision="fp32", loss=None, **options):
     """A run of 60 steps, three an epoch, that is easily disturbed: (numbers, tensors) of its end.
 
-    It has dropout, micro-batches, and matrices that freeze from step 10 to 44; in fp16 the scaler
-    overflows at its start. options: train()'s after_step and resume.
+    It has dropout, micro-batches, and four matrices, of a single block, which freeze one by one
+    from step 10 to 44; in fp16 the scaler overflows at its start. options: train()'s after_step
+    and resume.
     """
     def dropout_loss(model, batch):
         x, labels = batch
         factor = 1e4 if precision == "fp16" else 1.0
         return factor * loss_of(model, (F.dropout(x, 0.3, model.training), labels))
 
-    model, layers = adapted(train_matrices=["up", "down"])
+    model, layers = adapted(depth=1, train_matrices=["up", "down"])
     torch.manual_seed(5)
     freezer = AdaptiveFreezer(layers, 60, 6, 16)
     training = train(
