@@ -2,6 +2,7 @@
 recorded run."""
 
 import copy
+import functools
 import warnings
 
 import numpy as np
@@ -215,6 +216,18 @@ def test_freezer_state_resumes():
     assert second.average_trainable() == expected.average_trainable()
 
 
+PLAN = {"total_steps": 200, "t_i": 20, "t_f": 50}
+
+
+@functools.cache
+def state_after_90_steps():
+    """The state_dict() of a freezer by that plan."""
+    model, layers = tiny.adapted()
+    freezer = AdaptiveFreezer(layers, **PLAN)
+    steps(model, freezer, range(1, 91))
+    return copy.deepcopy(freezer.state_dict())
+
+
 @pytest.mark.parametrize("targets, options, words", [
     (("query", "up", "down"), {"total_steps": 300}, "total_steps is 200 there, 300 here"),
     (("query", "up", "down"), {"t_i": 21}, "t_i is 20 there, 21 here"),
@@ -224,14 +237,10 @@ def test_freezer_state_resumes():
 ])
 def test_the_state_of_another_freezer_is_refused(targets, options, words):
     """The message names what differs, and the freezer is as it was."""
-    plan = {"total_steps": 200, "t_i": 20, "t_f": 50}
-    model, layers = tiny.adapted()
-    freezer = AdaptiveFreezer(layers, **plan)
-    steps(model, freezer, range(1, 91))
     _, layers = tiny.adapted(targets)
-    other = AdaptiveFreezer(layers, **(plan | options))
+    other = AdaptiveFreezer(layers, **(PLAN | options))
     with pytest.raises(AFLoRAError, match=words):
-        other.load_state_dict(freezer.state_dict())
+        other.load_state_dict(state_after_90_steps())
     assert other.step == 0 and other.frozen_at == {}
     assert all(p.requires_grad for p in other.matrices.values())
 

@@ -1,5 +1,6 @@
 """The recorder of CUDA graphs: on a CPU with a stand-in for the recording, on CUDA the real one."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -79,6 +80,18 @@ def two_shapes():
         batches.append((x[:rows], labels[:rows]))
     x, labels = tiny.data(batches=1, seed=8)[0]
     return [*batches, (x[:5], labels[:5])]
+
+
+@functools.cache
+def eager_run():
+    """What trained() gives without graphs in fp32."""
+    return trained(False, two_shapes())
+
+
+@functools.cache
+def recorded_run():
+    """What it gives with them if nobody stops it; for tests that have the tape."""
+    return trained(True, two_shapes())
 
 
 # ------------------------------------------------------------------------ with a stand-in, on CPUs
@@ -200,7 +213,7 @@ def test_a_batch_is_copied_to_where_the_recorded_one_was(tape):
 def test_only_so_many_shapes_are_recorded(tape, monkeypatch):
     """Shapes without end would fill the memory: further ones run as they are, and right."""
     monkeypatch.setattr(aflora, "MOST_GRAPHS", 1)
-    eager = trained(False, two_shapes())
+    eager = eager_run()
     assert_same(trained(True, two_shapes()), eager)
     recordings = [event for event in tape if event != "replay"]
     assert len({shape for shape, _ in recordings}) == 2  # after a freeze the other came first
@@ -214,20 +227,11 @@ def test_only_so_many_shapes_are_recorded(tape, monkeypatch):
 def test_a_recorded_run_resumes(tape, tmp_path, stop):
     """To the bits of the uninterrupted one; the recordings are made anew."""
     path = tmp_path / "c.pt"
-    lines = []
-
-    def log(training):
-        if training.steps > stop and training.line["step"] == training.steps:
-            lines.append(training.line)
-
-    whole = trained(True, two_shapes(), after_step=log)
     with pytest.raises(KeyboardInterrupt):
         trained(True, two_shapes(), after_step=tiny.stop_after(stop, path))
-    expected = list(lines)
-    lines.clear()
-    resumed = trained(True, two_shapes(), after_step=log, resume=path)
-    assert lines == expected
-    assert_same(resumed, whole)
+    state, frozen_at, lines = recorded_run()
+    resumed = trained(True, two_shapes(), resume=path)
+    assert_same(resumed, (state, frozen_at, [line for line in lines if line["step"] > stop]))
 
 
 def test_what_cannot_be_recorded_names_the_argument():
