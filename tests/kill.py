@@ -12,7 +12,6 @@ a set, which is another one in each Python, had a say, the outcomes would differ
 
 import argparse
 import contextlib
-import multiprocessing
 import os
 import random
 import shutil
@@ -32,8 +31,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import tiny  # noqa: E402
 import train_glue_small as glue  # noqa: E402
 from companion import adapter_of, log_of, result_of  # noqa: E402
+from processes import FORK  # noqa: E402
 
-FORK = multiprocessing.get_context("fork")
 FILES = ["adapter.pt", "freeze_map.txt", "log.jsonl", "result.json"]
 MEASURED = ("seconds", "ms_per_step", "peak_memory_bytes")  # may differ between equal runs
 

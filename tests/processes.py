@@ -14,7 +14,8 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FORK = multiprocessing.get_context("fork")
+# Windows cannot fork: there the tests that need it fail, each by itself
+FORK = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
 
 
 class ForkedScript:
