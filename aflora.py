@@ -633,8 +633,9 @@ def train(model, batches, loss, *, epochs, accumulate=1, after_step=None, resume
         or dicts; as many in each epoch (batches(0) is asked for its length before).
     accumulate: micro-batches of one optimizer step, equally weighted.
     after_step: callable, is given the Training after each step: to log its line, which is new each
-        10 steps, at an epoch's end and when something froze; to evaluate; to save a checkpoint;
-        to stop, by an exception. The model is in training mode again in the next step.
+        10 steps, at an epoch's end and when something froze; to evaluate; to save a checkpoint,
+        which keeps the dict training.notes, too; to stop, by an exception. The model is in
+        training mode again in the next step.
     resume: a checkpoint to go on from; on a CPU bit-identical to an uninterrupted run.
     Returns the Training. Raises AFLoRAError at the next line if something was not finite.
     """
