@@ -37,7 +37,7 @@ from tqdm import tqdm
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 COMPUTE_TYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 ADAPTER_FORMAT = "aflora adapter 2"
-CHECKPOINT_FORMAT = "aflora checkpoint 2"
+CHECKPOINT_FORMAT = "aflora checkpoint 3"
 LOG_EVERY = 10  # steps, since reading the loss waits for the device
 MOST_GRAPHS = 64  # shapes that are recorded; further ones run as they are
 
@@ -132,7 +132,7 @@ def add_adapters(model, targets, rank=4, train_matrices="all", modules_to_save=(
     for p in itertools.chain(*(modules[name].parameters() for name in saved)):
         p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
         p.requires_grad_(True)
-    model.adapter_names = [*learned_values(model)]  # in files, also when they will be frozen
+    model.adapter_names = learned_names(model)  # what a file covers, also where it will be frozen
     model.adapter_config = dict(targets=names, rank=rank, train_matrices=trained,
                                 modules_to_save=saved, seed=seed)
     for name in set(names) - set(trained):
@@ -147,7 +147,7 @@ def find(targets, names):
     for target in [targets] if isinstance(targets, str) else targets:
         hits = [target] if target in names else [n for n in names if n.endswith(f".{target}")]
         if not hits:
-            there = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+            there = ", ".join(sorted({name.rpartition(".")[2] for name in names if name}))
             raise AFLoRAError(f"{target!r} selects nothing; there are: {there} (what has no "
                               "in_features, like GPT-2's Conv1D in transformers, is not supported)")
         found.update(hits)
@@ -189,14 +189,14 @@ def merge_adapters(model):
     """
     merged = {}
     for name, layer in adapters_of(model).items():
-        delta = layer.delta_weight()
-        W0 = dict(layer.base.named_parameters()).get("weight")
-        plain = W0 is not None and W0.is_floating_point() and W0.shape == delta.shape
-        if plain:
+        with blame(f"{name} cannot be merged: its {type(layer.base).__name__} needs a plain weight, "
+                   "of a type in which the sum is finite, as float32"):
+            delta = layer.delta_weight()
+            W0 = layer.base.get_parameter("weight")
+            plain = W0.is_floating_point() and W0.shape == delta.shape
             merged[layer] = (W0 + delta).to(W0.dtype)
-        if not plain or not merged[layer].isfinite().all():
-            raise AFLoRAError(f"{name} cannot be merged: its {type(layer.base).__name__} needs a "
-                              "plain weight, of a type in which the sum is finite, as float32")
+            if not plain or not merged[layer].isfinite().all():
+                raise AFLoRAError(f"it has {W0.dtype}")
     for layer, weight in merged.items():  # a new parameter: another module may share the old one
         layer.base.weight = nn.Parameter(weight, requires_grad=False)
     replace_modules(model, {layer: layer.base for layer in merged})
@@ -250,13 +250,14 @@ class AdaptiveFreezer:
 
     def __init__(self, adapters, total_steps, t_i, t_f, interval=10, beta1=0.85, beta2=0.95,
                  kind="gradient-weight"):
-        trained = {}
+        self.matrices = {}
+        self.vector_parameters = 0
         for name, layer in adapters.items():
             for key, p in layer.named_parameters(recurse=False):
-                if p.requires_grad:
-                    trained[f"{name}.{key}"] = p
-        self.matrices = {name: p for name, p in trained.items() if p.dim() == 2}
-        self.vector_parameters = sum(p.numel() for p in trained.values() if p.dim() == 1)
+                if p.requires_grad and p.dim() == 2:
+                    self.matrices[f"{name}.{key}"] = p
+                elif p.requires_grad:
+                    self.vector_parameters += p.numel()
         self.total_steps = whole("total_steps", total_steps)
         self.t_i = whole("t_i, in optimizer steps,", t_i)
         self.t_f = whole("t_f, in optimizer steps,", t_f)
@@ -331,9 +332,9 @@ class AdaptiveFreezer:
 
     def due(self):
         """How many are to freeze now: floor(r(t) n) at a look, less those that are frozen."""
-        is_look = self.step % self.interval == 0 or self.step >= self.total_steps - self.t_f
-        wanted = math.floor(self.scheduled() * len(self.matrices))
-        return wanted - len(self.frozen_at) if is_look else 0
+        if self.step % self.interval != 0 and self.step < self.total_steps - self.t_f:
+            return 0
+        return math.floor(self.scheduled() * len(self.matrices)) - len(self.frozen_at)
 
     def freeze(self, optimizer):
         """Freezes what is due, lowest scores first, and returns its names.
@@ -384,19 +385,17 @@ class AdaptiveFreezer:
 
     def state_dict(self):
         """All that a resumed run needs: tensors, numbers and strings."""
-        arguments = ("total_steps", "t_i", "t_f", "interval", "beta1", "beta2", "kind")
-        plan = {name: getattr(self, name) for name in arguments}
-        state = {name: getattr(self, name) for name in ("step", "frozen_at", "Ibar", "Ubar")}
-        return dict(plan=plan | dict(matrices=[*self.matrices]), state=state)
+        plan = dict(total_steps=self.total_steps, t_i=self.t_i, t_f=self.t_f,
+                    interval=self.interval, beta1=self.beta1, beta2=self.beta2, kind=self.kind,
+                    matrices=[*self.matrices])
+        state = dict(step=self.step, Ibar=self.Ibar, Ubar=self.Ubar,
+                     frozen_at=dict(self.frozen_at))
+        return dict(plan=plan, state=state)
 
     def load_state_dict(self, content):
         """Takes up a state_dict() in a new freezer. Raises AFLoRAError if it is of another run."""
         expect_equal(content["plan"], self.state_dict()["plan"])
-        state = content["state"]
-        self.step = state["step"]
-        self.Ibar = state["Ibar"]
-        self.Ubar = state["Ubar"]
-        self.frozen_at = dict(state["frozen_at"])
+        vars(self).update(content["state"])
         for name in self.frozen_at:
             self.live.pop(name).requires_grad_(False)
 
@@ -419,12 +418,11 @@ class Training:
 
     def __init__(self, model, loss, *, total_steps, lr, head_lr=None, freezer=None,
                  precision="fp32", clip=1.0, warmup=0.06, weight_decay=0.0, graphs=False):
-        lr = float(lr)
-        head_lr = lr if head_lr is None else float(head_lr)
+        lr = positive("lr", lr)
+        head_lr = lr if head_lr is None else positive("head_lr", head_lr)
+        clip = positive("clip", clip)
         weight_decay = float(weight_decay)
         total_steps = whole("total_steps", total_steps, 1)
-        if not all(0 < value < math.inf for value in (lr, head_lr, clip)):
-            raise AFLoRAError("lr, head_lr and clip have to be above 0, and finite")
         if precision not in COMPUTE_TYPES or not 0 <= warmup < 1 or not weight_decay >= 0:
             raise AFLoRAError("precision is fp32, bf16 or fp16; warmup a share below 1; "
                               "weight_decay not negative")
@@ -445,6 +443,7 @@ class Training:
         groups = parameter_groups(model, lr, head_lr, weight_decay)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.recorder = GraphRecorder(self.forward_backward) if graphs else None
+        self.learned = learned_names(model)
         self.steps = 0
         self.line = dict(step=0)  # of the log: the last report()
         self.notes = {}  # the caller's own, for JSON: a checkpoint keeps them
@@ -453,7 +452,7 @@ class Training:
         self.sums = torch.zeros(2, device=self.device)
         self.plan = dict(  # has to be equal on resume
             total_steps=total_steps, lr=lr, head_lr=head_lr, weight_decay=weight_decay,
-            precision=precision, clip=float(clip), warmup=float(warmup),
+            precision=precision, clip=clip, warmup=float(warmup),
             freezer=freezer is not None, **getattr(model, "adapter_config", {}))
 
     def rate(self):
@@ -677,15 +676,16 @@ def steps_left(training, batches, accumulate):
         training.sums[0] = 0
     set_random_state(training.epoch_start)
     iterator = iter(batches(epoch))
+    for _ in range(done * accumulate):
+        next(iterator, None)
     if done > 0:
-        for _ in range(done * accumulate):
-            next(iterator, None)
         set_random_state(now)
     for _ in range(done, training.steps_per_epoch):
         micro_batches = list(itertools.islice(iterator, accumulate))
         if micro_batches:
             yield micro_batches
-    if training.steps % training.steps_per_epoch != 0 or next(iterator, None) is not None:
+    ends = (epoch + 1) * training.steps_per_epoch
+    if training.steps != ends or next(iterator, None) is not None:
         raise AFLoRAError("batches(epoch) has to hold as many batches in each epoch")
 
 
@@ -709,22 +709,20 @@ def set_random_state(states):
 
 
 # -------------------------------------------------------------------------------------------- files
-def learned_values(model):
-    """{name: tensor} of what has trained since add_adapters(), what trains, and all buffers, since
-    statistics move, too."""
-    once = getattr(model, "adapter_names", ())
+def learned_names(model):
+    """Names of all that requires a gradient, and of all buffers, since statistics move, too."""
     parameters = model.named_parameters(remove_duplicate=False)
-    still = {name for name, p in parameters if not p.requires_grad and name not in once}
-    return {name: value for name, value in model.state_dict().items() if name not in still}
+    frozen = {name for name, p in parameters if not p.requires_grad}
+    return [name for name in model.state_dict() if name not in frozen]
 
 
-def set_values(model, values):
-    """Puts learned_values() of such a model into this one. AFLoRAError, before any change, if they
-    do not fit."""
+def set_values(model, values, needed):
+    """Puts {name: value} into a model. AFLoRAError, before any change, if they do not fit."""
     state = model.state_dict()
-    for name in {*learned_values(model), *values}:
+    for name in {*needed, *values}:
         with blame(name):
-            expect_equal(dict(shape=values[name].shape), dict(shape=state[name].shape))
+            there = getattr(values[name], "shape", None)  # a module's extra state has none
+            expect_equal(dict(shape=there), dict(shape=getattr(state[name], "shape", None)))
     model.load_state_dict(values, strict=False)
 
 
@@ -734,7 +732,8 @@ def save_adapter(model, path):
     A matrix still at its random start is replaced by the key from which it regrows, and a checksum.
     """
     check_same_model(model)
-    values = learned_values(model)
+    state = model.state_dict()
+    values = {name: state[name] for name in {*model.adapter_names, *learned_names(model)}}
     at_start = {}
     for layer_name, layer in adapters_of(model).items():
         for matrix in ("lora_A", "lora_B"):
@@ -764,7 +763,7 @@ def load_adapter(model, path):
             values[name] = kaiming_uniform(key, model.get_parameter(name).shape)
             if checksum(values[name]) != expected:
                 raise AFLoRAError(f"{name}, regrown from its key, is not as it was saved")
-        set_values(model, values)
+        set_values(model, values, needed=model.adapter_names)
     return adapters_of(model)
 
 
@@ -775,6 +774,7 @@ def save_checkpoint(training, path):
     training.read_sums()  # raises where something was not finite: the last checkpoint stays
     with blame("training.notes"):
         notes = json.dumps(training.notes)
+    state = training.model.state_dict()
     write_file(path, dict(
         format=CHECKPOINT_FORMAT,
         plan=training.plan,
@@ -782,7 +782,7 @@ def save_checkpoint(training, path):
         line=training.line,
         notes=notes,
         sums=training.sums,
-        values=learned_values(training.model),
+        values={name: state[name] for name in training.learned},
         optimizer=training.optimizer.state_dict(),
         scaler=training.scaler.state_dict(),
         freezer=training.freezer.state_dict() if training.freezer else {},
@@ -799,7 +799,7 @@ def load_checkpoint(training, path):
             training.freezer.load_state_dict(content["freezer"])
         training.optimizer.load_state_dict(content["optimizer"])
         training.scaler.load_state_dict(content["scaler"])
-        set_values(training.model, content["values"])
+        set_values(training.model, content["values"], needed=training.learned)
         training.steps = content["steps"]
         training.line = content["line"]
         training.notes = json.loads(content["notes"])
@@ -865,6 +865,13 @@ def whole(name, value, least=0, most=math.inf):
     if not isinstance(value, numbers.Real) or value % 1 != 0 or not least <= value <= most:
         raise AFLoRAError(f"{name} is {value!r}: give a whole number from {least} to {most}")
     return int(value)
+
+
+def positive(name, value):
+    """`value` as a float. AFLoRAError if it is no finite number above 0."""
+    if not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+        raise AFLoRAError(f"{name} is {value!r}: give a number above 0")
+    return float(value)
 
 
 # ------------------------------------------------------------------------------------ demonstration

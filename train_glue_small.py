@@ -12,9 +12,7 @@ report. Weights and texts come from data/fetch.py. A run leaves a folder with ad
 
 import argparse
 import bisect
-import hashlib
 import json
-import math
 import os
 import re
 import signal
@@ -231,12 +229,12 @@ def as_elora(layers):
         layer.key = f"{seed}/{shape}"
         layer.__class__ = ELoRALinear
         if shape not in pairs:
+            pairs[shape] = layer
             for name in ("lora_A", "lora_B"):
                 matrix = getattr(layer, name).requires_grad_(False)
                 matrix.copy_(aflora.kaiming_uniform(f"{layer.key}/{name}", matrix.shape))
-        first = pairs.setdefault(shape, layer)
-        layer.lora_A = first.lora_A
-        layer.lora_B = first.lora_B
+        layer.lora_A = pairs[shape].lora_A
+        layer.lora_B = pairs[shape].lora_B
 
 
 def hold_frozen_weights(encoder, precision):
@@ -298,7 +296,9 @@ def choose_recipe(name, args, device):
     if preset == "auto":
         preset = "full" if device.type == "cuda" else "quick"
     recipe = RECIPES[preset, name] | METHODS[args.method]
-    recipe |= {key: value for key, value in vars(args).items() if key in recipe}
+    unused = [key for key, value in METHODS[args.method].items() if value is None]
+    flags = {key: value for key, value in vars(args).items() if key in recipe}
+    recipe |= {key: value for key, value in flags.items() if key not in unused}
     for key in ("limit", "epochs", "batch_size"):
         if recipe[key] is not None:
             aflora.whole(f"--{key.replace('_', '-')}", recipe[key], 1)
@@ -319,10 +319,7 @@ def choose_precision(amp, device):
 
 def checksum(tensors):
     """One sha256 of several tensors' values."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return aflora.checksum(torch.cat([tensor.cpu().float().flatten() for tensor in tensors]))
 
 
 def trainable(module):
@@ -348,6 +345,8 @@ class Run:
             self.out = Path(args.resume)
         self.signals = []  # that were caught
         self.started = False  # the first step is done: the folder is this run's
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         self.introduce()
         self.prepare()
 
@@ -460,24 +459,25 @@ class Run:
         """Logs, evaluates at an epoch's end, and writes a checkpoint where one is due."""
         if not self.started:
             self.start(training.notes)
-        self.seconds += time.perf_counter() - self.clock
+        training.notes["seconds"] += time.perf_counter() - self.clock
         epoch_ends = training.steps % training.steps_per_epoch == 0
         if training.line["step"] == training.steps:
-            line = training.line | dict(seconds=self.seconds)
+            line = training.line | dict(seconds=training.notes["seconds"])
             if epoch_ends:
                 line |= metrics(self.predict_dev(), self.dev_set.labels)
-                tqdm.write("  ".join(f"{key} {line[key]:.4g}" for key in REPORTED))
+                tqdm.write(EPOCH.format(**line))
             training.notes["log"].append(line)
             with blame(self.out / "log.jsonl"), open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
         every = self.args.checkpoint_every
-        if epoch_ends or self.signals or (every and training.steps % every == 0):
+        signals = list(self.signals)
+        if epoch_ends or signals or (every and training.steps % every == 0):
             aflora.save_checkpoint(training, self.out / "checkpoint.pt")
-        if self.signals:
+        if signals:
             self.save_adapter()
-            print(f"\nstopped; what was learned so far is in {self.out / 'adapter.pt'}; to go on, "
-                  f"start it with --resume {self.out}")
-            raise SystemExit(128 + self.signals[0])  # 130 for Ctrl-C, 143 for SIGTERM
+            print(f"\nstopped; what was learned so far is in {self.out / 'adapter.pt'}; to go on: "
+                  f"the same command, for this task alone, with --resume {self.out}")
+            raise SystemExit(128 + signals[0])  # 130 for Ctrl-C, 143 for SIGTERM
         self.clock = time.perf_counter()
 
     def start(self, notes):
@@ -487,9 +487,9 @@ class Run:
         """
         self.started = True
         notes.setdefault("log", [])
+        notes.setdefault("seconds", 0.0)  # of training, without evaluation
         notes["flags"] = vars(self.args) | dict(task=self.name, checksums=self.checksums)
-        self.seconds = notes["log"][-1]["seconds"] if notes["log"] else 0.0
-        for name in ("adapter.pt", "result.json", "freeze_map.txt", "*.part"):
+        for name in ("adapter.pt", "result.json", "freeze_map.txt", "*.????????.part"):
             for path in self.out.glob(name):
                 path.unlink()
         # Lines behind the checkpoint are made again
@@ -502,6 +502,8 @@ class Run:
 
     def report(self, training):
         """Leaves adapter, result and freeze map, and prints them; then nothing is to be resumed."""
+        if not self.started:  # stopped behind its last step
+            self.start(training.notes)
         result = self.make_result(training)
         self.save_adapter()
         aflora.write_file(self.out / "result.json", json.dumps(result, indent=1).encode())
@@ -518,6 +520,7 @@ class Run:
     def make_result(self, training):
         """The fields of result.json."""
         log = training.notes["log"]
+        seconds = training.notes["seconds"]
         history = [{key: line[key] for key in REPORTED} for line in log if "accuracy" in line]
         last = history[-1]
         best = max(history, key=lambda epoch: epoch["accuracy"])
@@ -546,8 +549,8 @@ class Run:
             history=history,
             steps=training.steps,
             skipped=log[-1]["skipped"],
-            seconds=log[-1]["seconds"],
-            ms_per_step=1000 * log[-1]["seconds"] / training.steps,
+            seconds=seconds,
+            ms_per_step=1000 * seconds / training.steps,
             peak_memory_bytes=peak_memory(self.device),
             device="cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(),
             precision=self.precision,
@@ -568,6 +571,7 @@ class Run:
 
 
 REPORTED = ("epoch", "step", "loss", "accuracy", "f1")  # of an epoch's end
+EPOCH = "epoch {epoch}  step {step}  loss {loss:.4f}  accuracy {accuracy:.2f}  f1 {f1:.2f}"
 SCORES = dict(sst2="accuracy {accuracy:.2f}", mrpc="accuracy {accuracy:.2f}, F1 {f1:.2f}")
 REPORT = """
 {title}, last epoch: {last} (best, {best_epoch}: {best})
@@ -660,9 +664,9 @@ def parse(argv=None):
     if args.resume:
         with blame(f"is {args.resume} the folder of a stopped run?"):
             content = aflora.read_file(f"{args.resume}/checkpoint.pt", aflora.CHECKPOINT_FORMAT)
-        there = json.loads(content["notes"])["flags"] | dict(resume=args.resume)
+            there = json.loads(content["notes"])["flags"] | dict(resume=args.resume)
         parser.set_defaults(**there)
-        args = parser.parse_args(argv)
+        args = parser.parse_args(argv)  # a flag that is given once more has to be the same
         aflora.expect_equal(there, vars(args))
     aflora.whole("--seed", args.seed, 0, 2**32 - 1)
     aflora.whole("--checkpoint-every", args.checkpoint_every)

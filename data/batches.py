@@ -6,6 +6,7 @@ longest text of a batch sets the length of all.
 
 import math
 
+import numpy as np
 import torch
 
 from data.text import WordPieceTokenizer
@@ -19,15 +20,15 @@ class Examples:
     """
 
     def __init__(self, rows, tokenizer: WordPieceTokenizer, max_length=128):
-        self.ids = torch.full((len(rows), max_length), tokenizer.vocab["[PAD]"])
-        self.segments = torch.zeros_like(self.ids)
-        self.lengths = torch.zeros(len(rows), dtype=torch.int64)
-        self.labels = torch.tensor([label for *_, label in rows])
+        ids = np.full((len(rows), max_length), tokenizer.vocab["[PAD]"], dtype=np.int32)
+        lengths = np.zeros((2, len(rows)), dtype=np.int64)
         for i, (text, pair, _) in enumerate(rows):
-            ids, segments = tokenizer.encode(text, pair, max_length)
-            self.ids[i, :len(ids)] = torch.tensor(ids)
-            self.segments[i, :len(ids)] = torch.tensor(segments)
-            self.lengths[i] = len(ids)
+            tokens, segments = tokenizer.encode(text, pair, max_length)
+            ids[i, :len(tokens)] = tokens
+            lengths[:, i] = len(tokens), segments.count(0)
+        self.ids = torch.from_numpy(ids)
+        self.lengths, self.firsts = torch.from_numpy(lengths)  # firsts: tokens of segment 0
+        self.labels = torch.tensor([label for *_, label in rows])
 
     def collate(self, rows):
         """ids, segments, mask (N, T) and labels (N,) of these rows, T the length of the longest.
@@ -37,8 +38,10 @@ class Examples:
         longest = int(self.lengths[rows].max())
         if torch.cuda.is_available():
             longest = min(math.ceil(longest / 8) * 8, self.ids.shape[1])
-        mask = torch.arange(longest) < self.lengths[rows, None]
-        return self.ids[rows, :longest], self.segments[rows, :longest], mask, self.labels[rows]
+        position = torch.arange(longest)
+        mask = position < self.lengths[rows, None]
+        segments = mask & (position >= self.firsts[rows, None])
+        return self.ids[rows, :longest], segments.int(), mask, self.labels[rows]
 
     def batches(self, size, seed, epoch):
         """A DataLoader of all rows in random order, but of like length in a batch: the batches are

@@ -1,6 +1,6 @@
 """From text files to token ids: the tables of SST-2 and MRPC, and BERT's tokenizer.
 
-train_glue_small.py builds batches from what is made here; where the files come from is
+data/batches.py builds batches from what is made here; where the files come from is
 data/fetch.py's business.
 """
 

@@ -108,8 +108,7 @@ def train(run, training):
         metrics = companion.metrics(predicted, run.dev_set.labels)
         history.append(training.line | metrics)
         training.sums[0] = 0
-        shown = ("epoch", "step", "loss", "accuracy", "f1")
-        print("  ".join(f"{key} {history[-1][key]:.4g}" for key in shown), flush=True)
+        print(companion.EPOCH.format(**history[-1]), flush=True)
     return history
 
 

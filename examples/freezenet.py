@@ -20,7 +20,6 @@ import functools
 import gzip
 import hashlib
 import io
-import json
 import math
 import os
 import sys

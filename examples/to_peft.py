@@ -38,9 +38,9 @@ def to_peft(adapter_path, base_model, folder):
     Raises AFLoRAError, before it writes, where PEFT cannot hold what was learned.
     """
     refused = f"{adapter_path} does not become a LoRA (merge_adapters() takes any adapter)"
+    content = aflora.read_file(adapter_path, aflora.ADAPTER_FORMAT)
+    config = content["config"]
     with aflora.blame(refused), TemporaryDirectory() as draft:
-        content = aflora.read_file(adapter_path, aflora.ADAPTER_FORMAT)
-        config = content["config"]
         aflora.add_adapters(base_model, **config)
         check_the_rest(content["values"], base_model.state_dict(), config)
         layers = aflora.load_adapter(base_model, adapter_path)

@@ -146,8 +146,8 @@ def test_train_matrices(folder, groups, count):
     ("mrpc", "", {"limit": None, "epochs": 2, "batch_size": 16, "lr": 1.4e-2, "head_lr": 2e-3}),
     ("mrpc", "--preset full", {"epochs": 8, "batch_size": 32, "t_i": 0.125, "t_f": 0.7}),
     ("sst2", "--method lora", {"lr": 1e-3, "head_lr": 2e-3, "rank": 8}),  # the method's rate
-    ("sst2", "--method lora --lr 5e-4 --epochs 1 --t-f 0.2",
-     {"lr": 5e-4, "epochs": 1, "t_f": 0.2, "batch_size": 32}),
+    ("sst2", "--method lora --lr 5e-4 --epochs 1 --t-f 0.2",  # LoRA has no t_f
+     {"lr": 5e-4, "epochs": 1, "t_f": None, "batch_size": 32}),
 ])
 def test_the_recipe(folder, task, flags, expected):
     """The preset's for the task; a method's rate goes before it, a flag before both."""
@@ -396,13 +396,13 @@ def test_a_refused_start_touches_nothing(finished, capsys, flags):
 def test_a_run_that_begins_replaces_the_old_one(folder, monkeypatch):
     """No result or map of an earlier run stands beside a new run's log."""
     assert run_main(folder, "--epochs 1") == 0
-    (folder / "out/adapter.pt.1234.part").touch()  # of a killed one
+    (folder / "out/adapter.pt.12ab34cd.part").touch()  # of a killed one
     there = []
     spy(monkeypatch, glue, "loss", lambda *_: there.append(sorted(contents(folder / "out"))))
     assert run_main(folder, "--epochs 2 --batch-size 4 --method lora") == 0
     assert "result.json" in there[0]  # until the first step is made
     for names in there[1:]:
-        assert not {"result.json", "freeze_map.txt", "adapter.pt.1234.part"} & set(names)
+        assert not {"result.json", "freeze_map.txt", "adapter.pt.12ab34cd.part"} & set(names)
     assert log_of(folder / "out")[0]["epoch"] == 1
     assert sorted(contents(folder / "out")) == ["adapter.pt", "log.jsonl", "result.json"]
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import aflora
 from aflora import (AFLoRAError, add_adapters, load_adapter, merge_adapters, read_file,
-                    save_adapter, train, write_file)
+                    save_adapter, save_checkpoint, train, write_file)
 
 
 def trained(tmp_path, **options):
@@ -73,6 +73,59 @@ def test_what_else_trains_is_saved(tmp_path):
     load_adapter(plain, tmp_path / "a.pt")
     x, _ = tiny.data()[0]
     assert torch.equal(plain(x), model(x))
+
+
+def test_a_file_need_not_hold_what_else_trains(tmp_path):
+    """A model in which the user unfroze something more takes the file of one without that."""
+    _, path = trained(tmp_path)
+    model, _ = tiny.adapted()
+    model.blocks[1].norm.requires_grad_(True)
+    load_adapter(model, path)
+    torch.manual_seed(0)
+    plain = tiny.Net()
+    load_adapter(plain, path)
+    x, _ = tiny.data()[0]
+    assert torch.equal(model(x), plain(x))
+
+
+class Counting(nn.Module):
+    """A head whose state holds something that is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 2)
+        self.calls = 0
+
+    def get_extra_state(self):
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state):
+        self.calls = state["calls"]
+
+    def forward(self, x):
+        self.calls += 1
+        return self.linear(x)
+
+
+def test_extra_state_comes_back(tmp_path):
+    """From an adapter file and from a checkpoint."""
+    models = [nn.Sequential(nn.Linear(8, 8), Counting()) for _ in range(3)]
+    first, second, third = models
+    settings = dict(epochs=1, lr=1e-2)
+
+    def loss(model, batch):
+        x, labels = batch
+        return F.cross_entropy(model(x), labels)
+
+    for model in (first, third):
+        add_adapters(model, ["0"], modules_to_save=["1"])
+    training = train(first, lambda epoch: tiny.data(), loss, **settings)
+    save_checkpoint(training, tmp_path / "c.pt")
+    save_adapter(first, tmp_path / "a.pt")
+    load_adapter(second, tmp_path / "a.pt")
+    assert second[1].calls == 8
+    train(third, lambda epoch: tiny.data(), loss, resume=tmp_path / "c.pt", **settings)
+    assert third[1].calls == 8
 
 
 def test_the_base_is_not_in_the_file(tmp_path):

@@ -10,7 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import tiny
-from aflora import AFLoRALinear, adapters_of, load_adapter, merge_adapters, save_adapter, train
+from aflora import (AFLoRALinear, Training, adapters_of, load_adapter, merge_adapters,
+                    save_adapter, save_checkpoint, train)
 from train_glue_small import ELoRALinear, as_elora, as_lora
 
 TURN = {"aflora": lambda layers: None, "lora": as_lora, "elora": as_elora}
@@ -212,6 +213,8 @@ def test_elora_s_matrices_are_not_stored(tmp_path):
     matrices = sum(layer.lora_A.numel() + layer.lora_B.numel()
                    for layer in adapters_of(model).values())
     assert (tmp_path / "a.pt").stat().st_size < 4 * matrices / 2  # 4 bytes a value
+    save_checkpoint(Training(model, tiny.loss_of, total_steps=1, lr=1e-2), tmp_path / "c.pt")
+    assert (tmp_path / "c.pt").stat().st_size < 4 * matrices / 2
 
 
 def test_lora_s_matrices_are_stored(tmp_path):

@@ -212,6 +212,29 @@ def test_stopped_behind_the_last_step(whole, monkeypatch):
     assert result_of(whole / "out")["seconds"] == pytest.approx(seconds, rel=0.5)
 
 
+def test_killed_in_the_report(whole):
+    """Behind the last step, while the result is written: half a file is removed, the log's lines
+    are those of the checkpoint, and the result is made."""
+    def dies():
+        patch = pytest.MonkeyPatch()
+        real = os.fsync
+
+        def fsync(file):
+            if (whole / "out/adapter.pt").exists():  # it is the first that a report writes
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(file)
+
+        patch.setattr(os, "fsync", fsync)
+        return run_main(whole, RUN)
+
+    in_child(dies)
+    assert list((whole / "out").glob("*.part"))
+    with open(whole / "out/log.jsonl", "a") as log:
+        log.write('{"half')
+    assert resume(whole) == 0
+    assert kill.differences(whole / "out", whole / "whole") == []
+
+
 def test_half_a_line_in_the_log(whole):
     """A line that was cut as the run died is made again."""
     kill_at(12, run_main, whole, RUN)
@@ -389,3 +412,14 @@ def test_a_folder_that_is_no_stopped_run(spoilt, capsys, content):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "checkpoint.pt" in error
     assert contents(spoilt / "out") == before
+
+
+def test_a_checkpoint_that_is_not_the_companion_s(spoilt, capsys):
+    """One of somebody's own loop has no flags to go on with."""
+    model, _ = tiny.adapted()
+    training = aflora.train(model, lambda epoch: tiny.data(), tiny.loss_of, epochs=1, lr=1e-2)
+    aflora.save_checkpoint(training, spoilt / "out/checkpoint.pt")
+    capsys.readouterr()
+    assert resume(spoilt) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "the folder of a stopped run?" in error

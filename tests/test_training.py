@@ -43,6 +43,8 @@ def uninterrupted():
     ({"accumulate": 0}, "accumulate"),
     ({"accumulate": 2.5}, "accumulate"),
     ({"clip": 0}, "clip"),
+    ({"clip": None}, "clip is None: give a number above 0"),
+    ({"lr": "1e-3"}, "lr is '1e-3': give a number above 0"),
     ({"warmup": 1.5}, "warmup"),
     ({"warmup": -0.1}, "warmup"),
     ({"weight_decay": -1.0}, "decay"),
@@ -76,6 +78,7 @@ def test_a_model_in_which_nothing_trains_is_refused():
     lambda epoch: tiny.data()[epoch:],
     lambda epoch: tiny.data(batches=8 + epoch),
     lambda epoch: [],
+    lambda epoch: [] if epoch else tiny.data(),
 ])
 def test_epochs_have_to_be_equally_long_and_not_empty(batches):
     """Steps would be made of nothing, or batches left out, without a word."""
@@ -556,6 +559,33 @@ def test_saving_leaves_the_log_alone(tmp_path):
               after_step=after_step)
         logs.append(log)
     assert logs[0] == logs[1]
+
+
+def test_what_a_hook_freezes_is_in_the_checkpoint(tmp_path):
+    """It has moved before: a resumed run ends as the one that nobody stopped."""
+    path = tmp_path / "c.pt"
+
+    def after_step(training):
+        if training.steps == 2:
+            training.model.head.requires_grad_(False)
+            training.model.head.zero_grad()
+        if training.steps == 4:
+            save_checkpoint(training, path)
+
+    settings = dict(epochs=1, lr=1e-2, after_step=after_step)
+    torch.manual_seed(0)
+    whole = tiny.Net()
+    train(whole, always(tiny.data()), tiny.loss_of, **settings)
+    torch.manual_seed(0)
+    resumed = tiny.Net()
+    training = Training(resumed, tiny.loss_of, total_steps=8, lr=1e-2)
+    training.plan |= dict(epochs=1, accumulate=1)
+    load_checkpoint(training, path)
+    resumed.head.requires_grad_(False)
+    for batch in tiny.data()[4:]:
+        training.step([batch])
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
 
 
 def test_notes_come_back(tmp_path):
