@@ -6,8 +6,9 @@
     python train_glue_small.py --help                every flag
 
 Text -> token ids -> batches of like length -> BERT with adapters -> loss -> train() of aflora.py ->
-report. Weights and texts come from data/fetch.py. A run leaves a folder with adapter.pt, log.jsonl
-(a line for each logged step), result.json and freeze_map.txt.
+report. Weights and texts come from data/fetch.py, the methods to compare with from data/methods.py.
+A run leaves a folder with adapter.pt, log.jsonl (a line for each logged step), result.json and
+freeze_map.txt.
 """
 
 import argparse
@@ -28,9 +29,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import aflora
-from aflora import AFLoRAError, AFLoRALinear, blame
+from aflora import AFLoRAError, blame
 from data.batches import Examples
 from data.fetch import model_folder
+from data.methods import as_elora, as_lora
 from data.text import load_tasks, load_tokenizer
 from data.weights import load_state, read_config
 
@@ -196,47 +198,7 @@ def metrics(predicted, labels):
     return dict(accuracy=100 * accuracy, f1=200 * both / max(either, 1))
 
 
-# --------------------------------------------------------------- the methods to compare AFLoRA with
-class ELoRALinear(AFLoRALinear):
-    """At a high rank with frozen matrices, to scale activations is cheaper than to fold vectors."""
-
-    def forward(self, x):
-        tokens = x.reshape(-1, x.shape[-1])
-        y = self.base(tokens)
-        h = F.linear(tokens, self.lora_A.to(x.dtype)).to(y.dtype) * self.s_d.to(y.dtype)
-        y = y + F.linear(h, self.lora_B.to(y.dtype)) * self.s_b.to(y.dtype)
-        return y.view(*x.shape[:-1], -1)
-
-
-@torch.no_grad()
-def as_lora(layers, alpha=16):
-    """Turns AFLoRA's layers into LoRA's: A smaller by sqrt(6), B = 0, scaled by alpha / rank."""
-    for layer in layers.values():
-        layer.lora_A.div_(6**0.5)
-        layer.lora_B.zero_()
-        layer.s_d.fill_(alpha / len(layer.s_d))
-        layer.s_b.fill_(1)
-        layer.s_d.requires_grad_(False)
-        layer.s_b.requires_grad_(False)
-
-
-def as_elora(layers):
-    """Turns AFLoRA's layers into ELoRA's: one frozen pair A, B a shape; the vectors train."""
-    pairs = {}
-    for layer in layers.values():
-        shape = (layer.base.out_features, layer.base.in_features)
-        seed, _, _ = layer.key.partition("/")
-        layer.key = f"{seed}/{shape}"
-        layer.__class__ = ELoRALinear
-        if shape not in pairs:
-            pairs[shape] = layer
-            for name in ("lora_A", "lora_B"):
-                matrix = getattr(layer, name).requires_grad_(False)
-                matrix.copy_(aflora.kaiming_uniform(f"{layer.key}/{name}", matrix.shape))
-        layer.lora_A = pairs[shape].lora_A
-        layer.lora_B = pairs[shape].lora_B
-
-
+# ------------------------------------------------------------------------------------- what trains
 def hold_frozen_weights(encoder, precision):
     """Holds the linear weights in the compute type: autocast would cast them anew at each use."""
     for module in encoder.modules():
@@ -278,10 +240,10 @@ RECIPES = {
 }
 METHODS = {
     "aflora": dict(rank=4),
-    "lora": dict(rank=8, lr=1e-3, t_i=None, t_f=None),
-    "elora": dict(rank=1024, lr=1e-2, t_i=None, t_f=None),
-    "full": dict(rank=None, lr=1e-4, head_lr=1e-4, t_i=None, t_f=None),
-    "head": dict(rank=None, lr=2e-3, head_lr=2e-3, t_i=None, t_f=None),
+    "lora": dict(rank=8, lr=1e-3),
+    "elora": dict(rank=1024, lr=1e-2),
+    "full": dict(lr=1e-4, head_lr=1e-4),
+    "head": dict(lr=2e-3, head_lr=2e-3),
 }
 VERSIONS = {
     "python": sys.version.split()[0],
@@ -296,9 +258,11 @@ def choose_recipe(name, args, device):
     if preset == "auto":
         preset = "full" if device.type == "cuda" else "quick"
     recipe = RECIPES[preset, name] | METHODS[args.method]
-    unused = [key for key, value in METHODS[args.method].items() if value is None]
-    flags = {key: value for key, value in vars(args).items() if key in recipe}
-    recipe |= {key: value for key, value in flags.items() if key not in unused}
+    recipe |= {key: value for key, value in vars(args).items() if key in recipe}
+    if args.method != "aflora":  # the others freeze nothing
+        recipe |= dict(t_i=None, t_f=None)
+    if args.method in ("full", "head"):  # and these have no adapters
+        recipe["rank"] = None
     for key in ("limit", "epochs", "batch_size"):
         if recipe[key] is not None:
             aflora.whole(f"--{key.replace('_', '-')}", recipe[key], 1)

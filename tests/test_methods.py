@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import tiny
 from aflora import (AFLoRALinear, Training, adapters_of, load_adapter, merge_adapters,
                     save_adapter, save_checkpoint, train)
-from train_glue_small import ELoRALinear, as_elora, as_lora
+from data.methods import ELoRALinear, as_elora, as_lora
 
 TURN = {"aflora": lambda layers: None, "lora": as_lora, "elora": as_elora}
 
