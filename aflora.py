@@ -388,14 +388,15 @@ class AdaptiveFreezer:
         plan = dict(total_steps=self.total_steps, t_i=self.t_i, t_f=self.t_f,
                     interval=self.interval, beta1=self.beta1, beta2=self.beta2, kind=self.kind,
                     matrices=[*self.matrices])
-        state = dict(step=self.step, Ibar=self.Ibar, Ubar=self.Ubar,
-                     frozen_at=dict(self.frozen_at))
+        state = dict(step=self.step, frozen_at=dict(self.frozen_at), Ibar=self.Ibar,
+                     Ubar=self.Ubar)
         return dict(plan=plan, state=state)
 
     def load_state_dict(self, content):
         """Takes up a state_dict() in a new freezer. Raises AFLoRAError if it is of another run."""
         expect_equal(content["plan"], self.state_dict()["plan"])
         vars(self).update(content["state"])
+        self.frozen_at = dict(self.frozen_at)  # the caller's stays as it is
         for name in self.frozen_at:
             self.live.pop(name).requires_grad_(False)
 
@@ -732,8 +733,8 @@ def save_adapter(model, path):
     A matrix still at its random start is replaced by the key from which it regrows, and a checksum.
     """
     check_same_model(model)
-    state = model.state_dict()
-    values = {name: state[name] for name in {*model.adapter_names, *learned_names(model)}}
+    names = {*model.adapter_names, *learned_names(model)}
+    values = {name: value for name, value in model.state_dict().items() if name in names}
     at_start = {}
     for layer_name, layer in adapters_of(model).items():
         for matrix in ("lora_A", "lora_B"):
@@ -769,7 +770,7 @@ def load_adapter(model, path):
 
 def save_checkpoint(training, path):
     """Writes what a resumed run needs, in train()'s after_step: what is learned or was frozen since
-    the start, states of optimizer, scaler, freezer and random generators, the place in the data.
+    this training began, states of optimizer, scaler, freezer and random generators, the place in the data.
     """
     training.read_sums()  # raises where something was not finite: the last checkpoint stays
     with blame("training.notes"):
@@ -868,9 +869,9 @@ def whole(name, value, least=0, most=math.inf):
 
 
 def positive(name, value):
-    """`value` as a float. AFLoRAError if it is no finite number above 0."""
+    """`value` as a float. AFLoRAError where it is not above 0, or not finite."""
     if not isinstance(value, numbers.Real) or not 0 < value < math.inf:
-        raise AFLoRAError(f"{name} is {value!r}: give a number above 0")
+        raise AFLoRAError(f"{name} is {value!r}: give a finite number above 0")
     return float(value)
 
 

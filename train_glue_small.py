@@ -51,6 +51,7 @@ class Dropout(nn.Dropout):
         count = x.numel()
         bits = torch.empty(count // 4 + 1, dtype=torch.int64).random_(-2**63, None)
         draws = bits.view(torch.int16)[:count].view(x.shape)
+        # An int16 is uniform in +-2^15: a share p of them lies below p 2^16 - 2^15
         keep = draws >= round(self.p * 2**16) - 2**15
         return x * (keep.to(x.dtype) / (1 - self.p))
 
@@ -194,8 +195,8 @@ def metrics(predicted, labels):
     """Accuracy and F1 of class 1, both in per cent."""
     accuracy = (predicted == labels).float().mean().item()
     both = int((predicted & labels).sum())
-    either = int((predicted + labels).sum())  # those in both twice
-    return dict(accuracy=100 * accuracy, f1=200 * both / max(either, 1))
+    positives = int((predicted + labels).sum())  # among the predictions, and among the labels
+    return dict(accuracy=100 * accuracy, f1=200 * both / max(positives, 1))
 
 
 # ------------------------------------------------------------------------------------- what trains
@@ -223,11 +224,11 @@ def adapt(model, args, rank):
 
 
 # ------------------------------------------------------------------------------------- the recipes
-# limit: how many of the task's rows are drawn; t_i, t_f: shares of the steps. A method's rate goes
-# before a recipe's, a flag before both. full has the paper's rows, t_i, t_f and, on SST-2, epochs
-# and batch; on MRPC the paper, with a model eight times this one, takes 20 epochs, batch 64, lr
-# 1e-2. Its head_lr is 4e-3 (SST-2) and 8e-2 (MRPC). Always: weight decay 0.01 of matrices, clip 1,
-# warm-up 6 % (the paper: 0.1, 0.1, 6 %).
+# limit: training rows to draw, None: all. t_i, t_f: shares of all steps. What METHODS says goes
+# before a recipe's value, and a flag before both.
+# full has the paper's rows, t_i, t_f and, on SST-2, epochs and batch; on MRPC the paper, with a model
+# eight times this one, takes 20 epochs, batch 64, lr 1e-2. Its head_lr is 4e-3 (SST-2) and 8e-2
+# (MRPC). Always: weight decay 0.01 of matrices, clip 1, warm-up 6 % (the paper: 0.1, 0.1, 6 %).
 RECIPES = {
     ("quick", "sst2"): dict(
         limit=6000, epochs=3, batch_size=32, t_i=0.1, t_f=0.4, lr=4e-3, head_lr=2e-3),
@@ -302,6 +303,7 @@ class Run:
         self.device = device
         self.precision = precision
         self.preset, self.recipe = choose_recipe(name, args, device)
+        # --out is the run's folder; for two tasks, and by default, the parent of both
         self.out = Path(args.out or "runs")
         if args.task == "both" or not args.out:
             self.out = self.out / f"{name}-{args.method}-s{args.seed}"
@@ -379,7 +381,7 @@ class Run:
         """Trains to the end, or to a signal, and reports."""
         self.check_folder()
         handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
-        self.clock = time.perf_counter()
+        self.clock = time.perf_counter()  # started anew by each step: evaluation does not count
         try:
             training = aflora.train(
                 self.model,
@@ -398,6 +400,8 @@ class Run:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+        if self.signals:  # one came behind the last step
+            raise KeyboardInterrupt
         self.report(training)
 
     def check_folder(self):
@@ -405,6 +409,7 @@ class Run:
         checkpoint = self.out / "checkpoint.pt"
         if self.args.resume:
             with blame(checkpoint):
+                # start() kept them beside the flags, and parse() read them back
                 aflora.expect_equal(self.args.checksums, self.checksums)
         elif checkpoint.exists():
             raise AFLoRAError(f"{checkpoint} is of a stopped run: --resume it, or remove it")
@@ -434,7 +439,7 @@ class Run:
             with blame(self.out / "log.jsonl"), open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
         every = self.args.checkpoint_every
-        signals = list(self.signals)
+        signals = list(self.signals)  # one that comes from now on waits for the next step
         if epoch_ends or signals or (every and training.steps % every == 0):
             aflora.save_checkpoint(training, self.out / "checkpoint.pt")
         if signals:
@@ -445,7 +450,7 @@ class Run:
         self.clock = time.perf_counter()
 
     def start(self, notes):
-        """Makes the folder this run's. Only now, behind the first step: nothing was refused.
+        """Makes the folder this run's, after the first step: nothing can be refused any more.
 
         notes: of the checkpoint that it goes on from, or empty; the next checkpoints have them.
         """
@@ -456,7 +461,7 @@ class Run:
         for name in ("adapter.pt", "result.json", "freeze_map.txt", "*.????????.part"):
             for path in self.out.glob(name):
                 path.unlink()
-        # Lines behind the checkpoint are made again
+        # The old log may be longer than the checkpoint: those steps are made again
         text = "".join(json.dumps(line) + "\n" for line in notes["log"])
         aflora.write_file(self.out / "log.jsonl", text.encode())
 
@@ -466,7 +471,7 @@ class Run:
 
     def report(self, training):
         """Leaves adapter, result and freeze map, and prints them; then nothing is to be resumed."""
-        if not self.started:  # stopped behind its last step
+        if not self.started:  # resumed after its last step: none was left to call start()
             self.start(training.notes)
         result = self.make_result(training)
         self.save_adapter()
@@ -661,7 +666,7 @@ def main(argv=None):
               f"seed {args.seed}", sep=", ")
         for name, task in tasks.items():
             Run(name, args, task, device, precision).train()
-        for note in notes:
+        for note in notes:  # once more, below the results
             print(note)
     except (AFLoRAError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

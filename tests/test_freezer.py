@@ -199,7 +199,8 @@ def test_freezer_state_resumes():
     model, layers = tiny.adapted()
     first = AdaptiveFreezer(layers, 200, 20, 50)
     steps(model, first, range(1, 91))
-    state = copy.deepcopy(first.state_dict())
+    state = first.state_dict()
+    saved = copy.deepcopy(state)
     assert 0 < len(first.frozen_at) < len(expected.frozen_at)
 
     model, layers = tiny.adapted()
@@ -214,6 +215,10 @@ def test_freezer_state_resumes():
         assert torch.equal(second.Ibar[name], expected.Ibar[name])
         assert torch.equal(second.Ubar[name], expected.Ubar[name])
     assert second.average_trainable() == expected.average_trainable()
+    assert state["plan"] == saved["plan"]  # and may be loaded once more
+    for name, value in state["state"].items():
+        torch.testing.assert_close(value, saved["state"][name], rtol=0, atol=0)
+    assert list(first.frozen_at.items()) == list(saved["state"]["frozen_at"].items())
 
 
 PLAN = {"total_steps": 200, "t_i": 20, "t_f": 50}

@@ -151,6 +151,23 @@ def test_interrupted_in_the_evaluation(whole, monkeypatch):
     assert kill.differences(whole / "out", whole / "whole") == []
 
 
+def test_interrupted_behind_the_last_step(whole, monkeypatch):
+    """A signal while the last checkpoint is written is heeded, too: the report waits."""
+    real = aflora.save_checkpoint
+
+    def save_checkpoint(training, path):
+        if training.steps == training.total_steps:
+            interrupt()
+        real(training, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(aflora, "save_checkpoint", save_checkpoint)
+        assert run_main(whole, RUN) == 130
+    assert sorted(contents(whole / "out")) == ["checkpoint.pt", "log.jsonl"]
+    assert resume(whole) == 0
+    assert kill.differences(whole / "out", whole / "whole") == []
+
+
 def test_interrupted_twice(whole, monkeypatch):
     """The second signal ends the run at once, within the step: exit code 130. It goes on from the
     last checkpoint."""
