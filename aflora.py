@@ -189,8 +189,8 @@ def merge_adapters(model):
     """
     merged = {}
     for name, layer in adapters_of(model).items():
-        with blame(f"{name} cannot be merged: its {type(layer.base).__name__} needs a plain weight, "
-                   "of a type in which the sum is finite, as float32"):
+        with blame(f"{name} cannot be merged: its {type(layer.base).__name__} needs a plain "
+                   "weight, of a type in which the sum is finite, as float32"):
             delta = layer.delta_weight()
             W0 = layer.base.get_parameter("weight")
             plain = W0.is_floating_point() and W0.shape == delta.shape
@@ -770,7 +770,7 @@ def load_adapter(model, path):
 
 def save_checkpoint(training, path):
     """Writes what a resumed run needs, in train()'s after_step: what is learned or was frozen since
-    this training began, states of optimizer, scaler, freezer and random generators, the place in the data.
+    this training began, states of optimizer, scaler, freezer and generators, the place in the data.
     """
     training.read_sums()  # raises where something was not finite: the last checkpoint stays
     with blame("training.notes"):

@@ -226,8 +226,8 @@ def adapt(model, args, rank):
 # ------------------------------------------------------------------------------------- the recipes
 # limit: training rows to draw, None: all. t_i, t_f: shares of all steps. What METHODS says goes
 # before a recipe's value, and a flag before both.
-# full has the paper's rows, t_i, t_f and, on SST-2, epochs and batch; on MRPC the paper, with a model
-# eight times this one, takes 20 epochs, batch 64, lr 1e-2. Its head_lr is 4e-3 (SST-2) and 8e-2
+# full has the paper's rows, t_i, t_f and, on SST-2, epochs and batch; on MRPC the paper, with a
+# model eight times this one, takes 20 epochs, batch 64, lr 1e-2. Its head_lr: 4e-3 (SST-2), 8e-2
 # (MRPC). Always: weight decay 0.01 of matrices, clip 1, warm-up 6 % (the paper: 0.1, 0.1, 6 %).
 RECIPES = {
     ("quick", "sst2"): dict(

@@ -242,11 +242,12 @@ def test_padding_never_counts(folder, monkeypatch):
 
     monkeypatch.setattr(glue.BertClassifier, "forward", forward)
     assert run_main(folder, "--epochs 1 --batch-size 4 --amp off") == 0
-    assert len(padding) == 5 and min(padding) > 100  # twice before, after the epoch, at the end, merged
+    assert len(padding) == 5  # twice before, after the epoch, at the end, merged
+    assert min(padding) > 100
 
 
 def test_the_file_is_merged_and_scored(folder, monkeypatch, capsys):
-    """Plain, wrapped, after each epoch, at the end, and then a plain model with W0 + L_b B L_d A."""
+    """Plain, wrapped, after each epoch, at the end, and then plain with W0 + L_b B L_d A in it."""
     models = []
 
     def note(model, *_):
