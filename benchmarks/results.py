@@ -3,6 +3,7 @@
     python benchmarks/results.py             runs what is not done yet; stop and start at will
     python benchmarks/results.py --table     the tables of what is done, as Markdown
     ... --preset full --task mrpc            by default quick on a CPU, full on CUDA; both tasks
+    ... --preset ranks --task mrpc           quick, AFLoRA with larger ranks: what is LoRA's lead?
 
 A preset's rows and epochs are the companion's, its results lie under results/PRESET: never mixed.
 A cell is one run of the companion (of the question "one shot before": of examples/freezenet.py)
@@ -11,8 +12,8 @@ thing from AFLoRA's run of the same seed (one shot before in two: what it keeps 
 Texts and weights as for train_glue_small.py.
 
 First a learning rate is chosen for every method and task among four, by the last epoch's accuracy
-with a seed that is not reported. Full: on a fold, every tenth training row, which such a run does
-not train on; dev rows are not looked at. Quick: on dev, with fewer rows to train on.
+with a seed that is not reported. Full and ranks: on a fold, every tenth training row, which such a
+run does not train on; dev rows are not looked at. Quick: on dev, with fewer rows to train on.
 
 --jobs N cells run at once, one thread each: as many as there are cores, on CUDA ten. They share the
 GPU better with the driver's multi-process service: `nvidia-cuda-mps-control -d` starts it.
@@ -55,6 +56,12 @@ METHODS = {  # arm: flags of the companion, learning rates to choose from
     "elora r=1024": ("--method elora", (4e-3, 1e-2, 2e-2, 4e-2)),
     AFLORA: ("--method aflora", (4e-3, 1e-2, 2e-2, 4e-2)),
 }
+RANKS = {  # the same for the preset of that name
+    "aflora r=16": ("--method aflora --rank 16", (1e-2, 1.4e-2, 2e-2)),
+    AFLORA: ("--method aflora", (1e-2, 1.4e-2, 2e-2)),
+    "lora r=8": ("--method lora", (1e-3, 2e-3, 4e-3)),
+    "aflora r=8": ("--method aflora --rank 8", (1e-2, 1.4e-2, 2e-2)),
+}
 GROUPS = (  # in the order in which they run
     (AFLORA, "lora r=8"), ("full", "elora r=1024", "elora r=4"), ("head only",))
 ONE_SHOT = "one shot before"
@@ -82,6 +89,16 @@ def use_preset(name):
     global PRESET, FOLDER
     PRESET = name
     FOLDER = ROOT / "results" / name
+
+
+def recipe_name():
+    """The companion's name for the preset's rows and epochs."""
+    return "quick" if PRESET == "ranks" else PRESET
+
+
+def methods():
+    """The preset's arms, each with its flags and rates."""
+    return RANKS if PRESET == "ranks" else METHODS
 
 
 def method_seeds():
@@ -162,7 +179,7 @@ def path_of(task, arm, seed, lr=None):
 def chosen_rate(task, arm):
     """The rate of the best search cell; of equal ones the lower."""
     arm = AFLORA if arm in QUESTIONS else arm
-    rates = METHODS[arm][1]
+    rates = methods()[arm][1]
     cells = [json.loads(path_of(task, arm, SEARCH_SEED, lr).read_text()) for lr in rates]
     return best_of(cells)["lr"]
 
@@ -185,7 +202,7 @@ def load_fold(name, folder=None):
 def command_of(task, arm, seed, lr=None):
     """The script that runs a cell, relative to the repository, with its flags but --out."""
     rate = lr or chosen_rate(task, arm)
-    own = f"--task {task} --preset {PRESET} --seed {seed} --lr {rate}"
+    own = f"--task {task} --preset {recipe_name()} --seed {seed} --lr {rate}"
     if arm == ONE_SHOT:
         return f"examples/freezenet.py {own}"
     if arm in QUESTIONS:
@@ -194,7 +211,7 @@ def command_of(task, arm, seed, lr=None):
         own += f" --head-lr {rate}"
     if lr and PRESET == "quick":
         own += f" --limit {SEARCH_ROWS[task]}"
-    flags = METHODS[AFLORA if arm in QUESTIONS else arm][0]
+    flags = methods()[AFLORA if arm in QUESTIONS else arm][0]
     return f"train_glue_small.py {flags} {own}"
 
 
@@ -214,9 +231,9 @@ def run(task, arm, seed, lr=None):
     torch.set_num_threads(1)
     aflora.AdaptiveFreezer = Recorder  # where the companion looks it up
     Recorder.arm = arm
-    Recorder.recipe = companion.RECIPES[PRESET, task]
+    Recorder.recipe = companion.RECIPES[recipe_name(), task]
     Recorder.last = None
-    on_fold = lr and PRESET == "full"
+    on_fold = lr and PRESET != "quick"
     text.load_task = load_fold if on_fold else LOAD_TASK
     command = command_of(task, arm, seed, lr)
     result = result_of(command)
@@ -254,7 +271,7 @@ def run_all(cells, jobs):
 
 def search_cells(task, arms):
     """The cells that choose these arms' rates."""
-    return [(task, arm, SEARCH_SEED, lr) for arm in arms for lr in METHODS[arm][1]]
+    return [(task, arm, SEARCH_SEED, lr) for arm in arms for lr in methods()[arm][1]]
 
 
 def seed_cells(task, arms, seeds):
@@ -265,9 +282,11 @@ def seed_cells(task, arms, seeds):
 def run_everything(tasks, jobs):
     """Of each task the methods, a group after the other, then the questions."""
     for task in tasks:
-        for arms in GROUPS:
+        for arms in [tuple(RANKS)] if PRESET == "ranks" else GROUPS:
             run_all(search_cells(task, arms), jobs)
             run_all(seed_cells(task, arms, method_seeds()), jobs)
+        if PRESET == "ranks":
+            continue
         run_all(seed_cells(task, [AFLORA, *QUESTIONS], QUESTION_SEEDS), jobs)
         if PRESET == "full":
             run_all(seed_cells(task, GROUPS[0], FURTHER_SEEDS), jobs)
@@ -303,7 +322,7 @@ def table(title, head, lines):
 
 def methods_table(task):
     """Every method on one task."""
-    arms = [(arm, arm, method_seeds()) for arm in METHODS]
+    arms = [(arm, arm, method_seeds()) for arm in methods()]
     if PRESET == "full":
         arms += [(f"{arm}, seeds 5 to 9", arm, FURTHER_SEEDS) for arm in GROUPS[0]]
     lines = []
@@ -320,7 +339,7 @@ def methods_table(task):
 def search_table(task):
     """What each rate scored in the search, as far as it was run; each method's best is bold."""
     lines = []
-    for arm, (_, rates) in METHODS.items():
+    for arm, (_, rates) in methods().items():
         paths = [path_of(task, arm, SEARCH_SEED, lr) for lr in rates]
         cells = [json.loads(path.read_text()) for path in paths if path.exists()]
         if cells:
@@ -372,7 +391,7 @@ def questions_table(task):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--table", action="store_true", help="only print what is done")
-    parser.add_argument("--preset", default=PRESET, choices=("quick", "full"))
+    parser.add_argument("--preset", default=PRESET, choices=("quick", "full", "ranks"))
     parser.add_argument("--task", choices=TASKS, help="default: both")
     parser.add_argument("--jobs", default=JOBS, type=int, help="cells at once")
     args = parser.parse_args()
