@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
@@ -81,8 +81,8 @@ class AFLoRALinear(nn.Module):
         self.train(base.training)
 
     def forward(self, x, *args, **kwargs):
+        y = self.base(x, *args, **kwargs)  # W0 X
         tokens = x.reshape(-1, x.shape[-1])  # (tokens, in): all leading dimensions in one
-        y = self.base(tokens.view(x.shape), *args, **kwargs)  # W0 X; the base sees x's own shape
         h = F.linear(tokens, self.lora_A.to(x.dtype)).to(y.dtype)  # A X, (tokens, r)
         # Both vectors are folded into the thin B. The gradient of s_b needs what s_b multiplies: in
         # the order of (1) an activation of tokens x out values, kept for backward; here r x out.
@@ -124,7 +124,7 @@ def add_adapters(model, targets, rank=4, train_matrices="all", modules_to_save=(
     trained = names if train_matrices == "all" else find(train_matrices, names)
     rank = whole("rank", rank, 1, 2**14)
     seed = whole("seed", seed)
-    check_places(modules, names, saved)
+    check_places(modules, names)
 
     layers = {name: AFLoRALinear(modules[name], rank, seed, name) for name in names}
     model.requires_grad_(False)  # LayerNorms, embeddings and biases, too
@@ -154,8 +154,8 @@ def find(targets, names):
     return [name for name in names if name in found]
 
 
-def check_places(modules, names, saved):
-    """Raises AFLoRAError where a place is wrong, or the model is wrapped."""
+def check_places(modules, names):
+    """Raises AFLoRAError where the model is wrapped, or a place would be passed by."""
     for module in modules.values():
         if isinstance(module, WRAPPERS) or hasattr(module, "_orig_mod"):
             raise AFLoRAError("add adapters to the plain model, then wrap it: before torch.compile "
@@ -164,8 +164,6 @@ def check_places(modules, names, saved):
         parent = modules[name.rpartition(".")[0]]
         if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             raise AFLoRAError(f"{name}: torch's fast attention bypasses it: leave it out")
-        if any(f"{name}.".startswith(f"{other}.") for other in saved):
-            raise AFLoRAError(f"{name} is among targets and in modules_to_save: choose one")
 
 
 def replace_modules(model, new):
@@ -262,16 +260,14 @@ class AdaptiveFreezer:
         self.t_i = whole("t_i, in optimizer steps,", t_i)
         self.t_f = whole("t_f, in optimizer steps,", t_f)
         self.interval = whole("interval", interval, 1)
-        self.beta1 = float(beta1)
-        self.beta2 = float(beta2)
+        self.beta1 = real("beta1", beta1, 0, 1)
+        self.beta2 = real("beta2", beta2, 0, 1)
         self.kind = kind
         self.step = 0  # optimizer steps that update() has seen
         self.live = dict(self.matrices)  # those that still train
         self.frozen_at = {}
         if not self.matrices:
             raise AFLoRAError("no A or B is trainable: nothing to freeze, leave the freezer out")
-        if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-            raise AFLoRAError("beta1 and beta2 have to lie from 0 to below 1")
         self.Ibar = {name: p.new_zeros(p.numel()) for name, p in self.live.items()}
         self.Ubar = dict(self.Ibar)
         sensitivity(torch.zeros(1), torch.zeros(1), kind)  # refuses an unknown kind
@@ -414,22 +410,25 @@ class Training:
     warmup: share of the steps in which the rates rise; then they fall linearly to 0.
     weight_decay: of matrices; vectors and biases have none.
     graphs: on CUDA, record the kernels of each shape of batch, see GraphRecorder. Steps that are
-        not train()'s have to run inside side_stream(device).
+        not train()'s have to run inside side_stream(device). A gradient that a batch does not
+        reach is then 0, not None; what you freeze by hand has to lose its .grad, too.
     """
 
     def __init__(self, model, loss, *, total_steps, lr, head_lr=None, freezer=None,
                  precision="fp32", clip=1.0, warmup=0.06, weight_decay=0.0, graphs=False):
-        lr = positive("lr", lr)
-        head_lr = lr if head_lr is None else positive("head_lr", head_lr)
-        clip = positive("clip", clip)
-        weight_decay = float(weight_decay)
         total_steps = whole("total_steps", total_steps, 1)
-        if precision not in COMPUTE_TYPES or not 0 <= warmup < 1 or not weight_decay >= 0:
-            raise AFLoRAError("precision is fp32, bf16 or fp16; warmup a share below 1; "
-                              "weight_decay not negative")
-        if freezer and (freezer.total_steps != total_steps or freezer.step > 0):
+        lr = real("lr", lr)
+        head_lr = lr if head_lr is None else real("head_lr", head_lr)
+        clip = real("clip", clip)
+        warmup = real("warmup", warmup, 0, 1)
+        weight_decay = real("weight_decay", weight_decay, 0)
+        if precision not in COMPUTE_TYPES:
+            raise AFLoRAError(f"precision is {precision!r}: choose fp32, bf16 or fp16")
+        if freezer and freezer.total_steps != total_steps:
             raise AFLoRAError(f"a run of {total_steps} optimizer steps, epochs * ceil(batches / "
-                              "accumulate), needs a freezer that plans as many, and is new")
+                              "accumulate), needs a freezer that plans as many")
+        if freezer and freezer.step > 0:
+            raise AFLoRAError("this freezer was used before: make a new one for each run")
         self.model = model
         self.loss = loss
         self.freezer = freezer
@@ -443,7 +442,8 @@ class Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         groups = parameter_groups(model, lr, head_lr, weight_decay)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
-        self.recorder = GraphRecorder(self.forward_backward) if graphs else None
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.recorder = GraphRecorder(self.parameters) if graphs else None
         self.learned = learned_names(model)
         self.steps = 0
         self.line = dict(step=0)  # of the log: the last report()
@@ -453,7 +453,7 @@ class Training:
         self.sums = torch.zeros(2, device=self.device)
         self.plan = dict(  # has to be equal on resume
             total_steps=total_steps, lr=lr, head_lr=head_lr, weight_decay=weight_decay,
-            precision=precision, clip=clip, warmup=float(warmup),
+            precision=precision, clip=clip, warmup=warmup,
             freezer=freezer is not None, **getattr(model, "adapter_config", {}))
 
     def rate(self):
@@ -463,28 +463,35 @@ class Training:
         return min(rising, falling)
 
     def step(self, micro_batches):
-        """One optimizer step from a list of micro-batches. Returns the names of what it froze."""
+        """One optimizer step from a list of micro-batches. Returns the names of what it froze.
+
+        Scoring, clipping and freezing take place once, when all micro-batches are in.
+        """
+        if not micro_batches:
+            raise AFLoRAError("no batch is left: batches(epoch) has to hold as many in each epoch")
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * self.rate()
-        forward_backward = self.recorder or self.forward_backward
         for batch in micro_batches:  # equally large, they add up to the gradients of one big batch
-            forward_backward(to_device(batch, self.device), len(micro_batches))
-        trained = [p for p in self.model.parameters() if p.grad is not None]
+            batch = to_device(batch, self.device)
+            if self.recorder:
+                self.recorder.run(self.forward_backward, batch, len(micro_batches))
+            else:
+                self.forward_backward(batch, len(micro_batches))
+        trained = [p for p in self.parameters if p.grad is not None]
         if self.steps == 0:
             check_gradients(self.model)
         self.average_gradients(trained)
         # The score reads true gradients: still scaled, they would grow and shrink with the scaler;
         # clipped, by a factor that depends on all the other parameters' gradients.
         self.scaler.unscale_(self.optimizer)
-        found_inf = ~get_total_norm([p.grad for p in trained], math.inf).isfinite()
+        norm = get_total_norm([p.grad for p in trained])
+        found_inf = ~norm.isfinite()
         if self.freezer:
             self.freezer.update(found_inf)
-        clip_grad_norm_(trained, self.clip)
+        clip_grads_with_norm_(trained, self.clip, norm)
         self.scaler.step(self.optimizer)  # fp16: skips an overflowed step, which still counts
         self.scaler.update()
         frozen = self.freezer.freeze(self.optimizer) if self.freezer else []
-        if self.recorder and frozen:
-            self.recorder.forget()
         self.optimizer.zero_grad(set_to_none=not self.recorder)
         self.sums[1] += found_inf
         self.steps += 1
@@ -571,45 +578,49 @@ class GraphRecorder:
     - gradients are zeroed, never dropped: a replay adds to them where they lay;
     - the first two batches of a shape run as they are, while libraries set themselves up, and a
       rare shape is not worth a recording; the third is recorded;
-    - when a matrix freezes its gradient's memory is given up, but recordings would still write
-      there: all are forgotten, and each shape is recorded anew with its next batch.
+    - all recordings are forgotten as soon as a gradient is not where it was, above all when a
+      matrix freezes and its gradient's memory is given up. Each shape is then recorded anew with
+      its next batch.
     All share one pool of memory, about as large as the largest shape needs. Python inside the loss
     runs at the recording alone: a number that it makes anew for each batch would stay as it was.
     """
 
-    def __init__(self, forward_backward):
-        self.forward_backward = forward_backward
-        self.seen = Counter()
-        self.forget()
+    def __init__(self, parameters):
+        self.parameters = parameters
+        self.seen = Counter()  # batches of each shape
+        self.places = None  # of the gradients
 
-    def forget(self):
-        self.recorded = {}  # shape: (the inputs it reads, replay)
-        self.pool = None
-
-    def __call__(self, batch, count):
+    def run(self, forward_backward, batch, count):
+        places = [p.grad.data_ptr() if p.grad is not None else 0 for p in self.parameters]
+        if places != self.places:
+            self.places = places
+            self.recorded = {}  # shape: (the inputs it reads, graph)
+            self.pool = None
         shape = repr((count, tree_map_only(torch.Tensor, lambda x: (x.shape, x.dtype), batch)))
         self.seen[shape] += 1
         if shape not in self.recorded:
             if self.seen[shape] < 3 or len(self.recorded) >= MOST_GRAPHS:
-                return self.forward_backward(batch, count)
+                return forward_backward(batch, count)
             inputs = tree_map_only(torch.Tensor, torch.clone, batch)
-            with blame("graphs=True: leave it out if the loss reads a value back or is on a CPU, "
-                       "and start Python anew"):
-                self.recorded[shape] = (inputs, self.record(inputs, count))
-        inputs, replay = self.recorded[shape]
+            graph = record(self.pool, forward_backward, inputs, count)
+            self.pool = graph.pool()
+            self.recorded[shape] = (inputs, graph)
+        inputs, graph = self.recorded[shape]
         for place, value in zip(tree_leaves(inputs), tree_leaves(batch)):
             if isinstance(place, torch.Tensor):
                 place.copy_(value)
-        replay()
+        graph.replay()
 
-    def record(self, *inputs):
-        """Records, without running it, what a batch does. Returns the call that replays it."""
+
+def record(pool, work, *inputs):
+    """The CUDA graph of what work(*inputs) starts on the device. Nothing of it runs yet."""
+    with blame("graphs=True needs a CUDA device, a loss that reads no value back and, outside "
+               "train(), side_stream(device): else leave it out, and start Python anew"):
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()  # and of this thread: a loader's may pin memory
-        with torch.cuda.graph(graph, self.pool, stream, capture_error_mode="thread_local"):
-            self.forward_backward(*inputs)
-        self.pool = graph.pool()
-        return graph.replay
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+            work(*inputs)
+        return graph
 
 
 @contextlib.contextmanager
@@ -648,11 +659,13 @@ def train(model, batches, loss, *, epochs, accumulate=1, after_step=None, resume
     if resume:
         load_checkpoint(training, resume)
     model.zero_grad()  # of gradients from before the training
+    modules = [*model.modules()]
     bar = tqdm(total=training.total_steps, initial=training.steps, unit="step", mininterval=1)
     with bar, side_stream(training.device):
         while training.steps < training.total_steps:
             for micro_batches in steps_left(training, batches, accumulate):
-                model.train()
+                if not all(module.training for module in modules):  # before, or after a hook
+                    model.train()
                 frozen = training.step(micro_batches)
                 bar.update()
                 epoch_ends = training.steps % per_epoch == 0
@@ -682,20 +695,14 @@ def steps_left(training, batches, accumulate):
     if done > 0:
         set_random_state(now)
     for _ in range(done, training.steps_per_epoch):
-        micro_batches = list(itertools.islice(iterator, accumulate))
-        if micro_batches:
-            yield micro_batches
-    ends = (epoch + 1) * training.steps_per_epoch
-    if training.steps != ends or next(iterator, None) is not None:
+        yield list(itertools.islice(iterator, accumulate))
+    if next(iterator, None) is not None:
         raise AFLoRAError("batches(epoch) has to hold as many batches in each epoch")
 
 
 def to_device(batch, device):
-    """Moves all tensors of a batch; pinned memory lets a copy to CUDA overlap the computation."""
-    def move(tensor):
-        pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
-        return pinned.to(device, non_blocking=True)
-    return tree_map_only(torch.Tensor, move, batch)
+    """Moves all tensors of a batch, while the device computes."""
+    return tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), batch)
 
 
 def random_state():
@@ -712,9 +719,8 @@ def set_random_state(states):
 # -------------------------------------------------------------------------------------------- files
 def learned_names(model):
     """Names of all that requires a gradient, and of all buffers, since statistics move, too."""
-    parameters = model.named_parameters(remove_duplicate=False)
-    frozen = {name for name, p in parameters if not p.requires_grad}
-    return [name for name in model.state_dict() if name not in frozen]
+    return [name for name, value in model.state_dict(keep_vars=True).items()
+            if not isinstance(value, nn.Parameter) or value.requires_grad]
 
 
 def set_values(model, values, needed):
@@ -868,10 +874,10 @@ def whole(name, value, least=0, most=math.inf):
     return int(value)
 
 
-def positive(name, value):
-    """`value` as a float. AFLoRAError where it is not above 0, or not finite."""
-    if not isinstance(value, numbers.Real) or not 0 < value < math.inf:
-        raise AFLoRAError(f"{name} is {value!r}: give a finite number above 0")
+def real(name, value, least=1e-12, below=math.inf):
+    """`value` as a float. AFLoRAError where it is out of these bounds, or no number."""
+    if not isinstance(value, numbers.Real) or not least <= value < below:
+        raise AFLoRAError(f"{name} is {value!r}: give a number from {least} to below {below}")
     return float(value)
 
 

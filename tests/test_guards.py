@@ -202,7 +202,7 @@ def test_a_used_freezer_is_no_new_one():
     model, layers = tiny.adapted()
     freezer = AdaptiveFreezer(layers, 8, 0, 1, interval=1)
     loop(model, freezer, torch.optim.AdamW(model.parameters()), 3)
-    with pytest.raises(AFLoRAError, match="and is new"):
+    with pytest.raises(AFLoRAError, match="was used before"):
         Training(model, tiny.loss_of, total_steps=8, lr=1e-2, freezer=freezer)
 
 
