@@ -254,19 +254,17 @@ def run(task, arm, seed, lr=None):
     return f"{task}, {arm}, seed {seed}, lr {result['lr']:g}: {result['accuracy']:.2f}"
 
 
-def run_all(cells, jobs):
-    """Runs the cells that have no file yet, `jobs` at once, in their order."""
+def run_all(cells, pool):
+    """Runs the cells that have no file yet in the pool's processes, in their order."""
     waiting = [cell for cell in cells if not path_of(*cell).exists()]
     print(f"{len(cells)} cells, {len(waiting)} still to do", flush=True)
-    processes = torch.multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, processes, use_preset, (PRESET,)) as pool:
-        try:
-            for future in as_completed([pool.submit(run, *cell) for cell in waiting]):
-                print(future.result(), flush=True)
-        except BaseException:  # Ctrl-C, or a cell failed: the pool would do all others first
-            for process in torch.multiprocessing.active_children():
-                process.kill()
-            raise
+    try:
+        for future in as_completed([pool.submit(run, *cell) for cell in waiting]):
+            print(future.result(), flush=True)
+    except BaseException:  # Ctrl-C, or a cell failed: the pool would do all others first
+        for process in torch.multiprocessing.active_children():
+            process.kill()
+        raise
 
 
 def search_cells(task, arms):
@@ -280,16 +278,23 @@ def seed_cells(task, arms, seeds):
 
 
 def run_everything(tasks, jobs):
-    """Of each task the methods, a group after the other, then the questions."""
-    for task in tasks:
-        for arms in [tuple(RANKS)] if PRESET == "ranks" else GROUPS:
-            run_all(search_cells(task, arms), jobs)
-            run_all(seed_cells(task, arms, method_seeds()), jobs)
-        if PRESET == "ranks":
-            continue
-        run_all(seed_cells(task, [AFLORA, *QUESTIONS], QUESTION_SEEDS), jobs)
-        if PRESET == "full":
-            run_all(seed_cells(task, GROUPS[0], FURTHER_SEEDS), jobs)
+    """Runs both tasks' cells, `jobs` at once."""
+    processes = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, processes, use_preset, (PRESET,)) as pool:
+        for task in tasks:
+            run_task(task, pool)
+
+
+def run_task(task, pool):
+    """The methods, a group after the other, then the questions."""
+    for arms in [tuple(RANKS)] if PRESET == "ranks" else GROUPS:
+        run_all(search_cells(task, arms), pool)
+        run_all(seed_cells(task, arms, method_seeds()), pool)
+    if PRESET == "ranks":
+        return
+    run_all(seed_cells(task, [AFLORA, *QUESTIONS], QUESTION_SEEDS), pool)
+    if PRESET == "full":
+        run_all(seed_cells(task, GROUPS[0], FURTHER_SEEDS), pool)
 
 
 # --------------------------------------------------------------------------------------- tables

@@ -262,6 +262,9 @@ def load_network(model, path):
     refuse_kept(model)
     parameters = dict(sorted(model.named_parameters()))
     with blame(path), np.load(path, allow_pickle=False) as content:
+        claimed = sum(part.file_size for part in content.zip.infolist())  # once unpacked
+        if claimed > 10_000 + 16 * sum(value.numel() for value in model.state_dict().values()):
+            raise AFLoRAError("it is damaged: it claims to hold more than such a network has")
         start = start_values(parameters, int(content["seed"]))
         if checksum(start) != str(content["checksum"]):
             raise AFLoRAError("it is of another network, or its seed grows another start")

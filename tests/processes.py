@@ -13,6 +13,9 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import pytest
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 # Windows cannot fork: there the tests that need it fail, each by itself
 FORK = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
@@ -22,6 +25,7 @@ class ForkedScript:
     """A script that runs as "python script flags" would in that folder, under that environment."""
 
     def __init__(self, script, flags, folder, environment):
+        skip_with_cuda()
         self.output = tempfile.TemporaryFile("w+", encoding="utf-8")
         self.errors = tempfile.TemporaryFile("w+", encoding="utf-8")
         self.process = FORK.Process(target=self.run, args=(script, flags, folder, environment))
@@ -60,6 +64,12 @@ class ForkedScript:
     def printed(self):
         """What it has printed so far."""
         return read(self.output)
+
+
+def skip_with_cuda():
+    """Skips a test that forks where this process may hold a GPU: its forks cannot use one."""
+    if torch.cuda.is_available():
+        pytest.skip("forks, which is not possible once CUDA is in use")
 
 
 def forget_the_project():

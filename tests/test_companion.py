@@ -141,12 +141,12 @@ def test_train_matrices(folder, groups, count):
 
 
 @pytest.mark.parametrize("task, flags, expected", [
-    ("sst2", "", {"limit": 6000, "epochs": 3, "batch_size": 32, "lr": 4e-3, "head_lr": 2e-3,
-                  "t_i": 0.1, "t_f": 0.4, "rank": 4}),
-    ("mrpc", "", {"limit": None, "epochs": 2, "batch_size": 16, "lr": 1.4e-2, "head_lr": 2e-3}),
+    ("sst2", "--preset quick", {"limit": 6000, "epochs": 3, "batch_size": 32, "lr": 4e-3,
+                                "head_lr": 2e-3, "t_i": 0.1, "t_f": 0.4, "rank": 4}),
+    ("mrpc", "--preset quick", {"limit": None, "epochs": 2, "batch_size": 16, "lr": 1.4e-2}),
     ("mrpc", "--preset full", {"epochs": 8, "batch_size": 32, "t_i": 0.125, "t_f": 0.7}),
     ("sst2", "--method lora", {"lr": 1e-3, "head_lr": 2e-3, "rank": 8}),  # the method's rate
-    ("sst2", "--method lora --lr 5e-4 --epochs 1 --t-f 0.2",  # LoRA has no t_f
+    ("sst2", "--preset quick --method lora --lr 5e-4 --epochs 1 --t-f 0.2",  # LoRA has no t_f
      {"lr": 5e-4, "epochs": 1, "t_f": None, "batch_size": 32}),
 ])
 def test_the_recipe(folder, task, flags, expected):
@@ -157,6 +157,35 @@ def test_the_recipe(folder, task, flags, expected):
 
 
 # ---------------------------------------------------------------------------- what flags reach
+@pytest.mark.parametrize("kind", ["gradient-weight", "gradient", "weight"])
+def test_sensitivity_reaches_the_freezer_and_decay_is_a_hundredth(folder, monkeypatch, kind):
+    seen = []
+    spy(monkeypatch, aflora, "train", lambda *_, **options: seen.append(options))
+    assert run_main(folder, f"--epochs 1 --sensitivity {kind}") == 0
+    assert seen[0]["freezer"].kind == kind
+    assert seen[0]["weight_decay"] == 0.01
+
+
+def test_while_it_trains_the_head_has_dropout(folder, monkeypatch):
+    """Before both of its layers; and while it predicts, it has none."""
+    seen = set()
+    modules = set()
+    real = glue.Dropout.forward
+
+    def forward(module, x):
+        y = real(module, x)
+        if x.dim() == 2:  # (rows, width): only the head's; elsewhere (rows, tokens, width)
+            zeros = bool(((y == 0) & (x != 0)).any())
+            seen.add((module.training, module.p, zeros))
+            modules.add(module)
+        return y
+
+    monkeypatch.setattr(glue.Dropout, "forward", forward)
+    assert run_main(folder, "--epochs 1 --amp off") == 0
+    assert seen == {(False, 0.1, False), (True, 0.1, True)}
+    assert len(modules) == 2
+
+
 def test_limit_draws_rows(folder, monkeypatch):
     """So many rows, each once, drawn by the seed, and not the first ones."""
     seen = []
@@ -200,19 +229,19 @@ def test_seed_reaches_everything(folder):
 
 
 def test_batches_are_in_random_order(folder, monkeypatch):
-    """As they reach the loss: alike in length, but short and long ones mixed, each epoch anew."""
+    """As they reach the step: alike in length, but short and long ones mixed, each epoch anew."""
     rows = tiny.random_rows(400, 40)
     lines = [f"{text}\t{label}" for text, _, label in rows]
     (folder / "SST-2/train.tsv").write_text("\n".join(["sentence\tlabel", *lines, ""]))
     widths = []
     spreads = []
 
-    def note(model, batch):
-        mask = batch[2]
+    def note(training, micro_batches):
+        mask = micro_batches[0][2]
         widths.append(mask.shape[1])
         spreads.append(int(mask.shape[1] - mask.sum(1).min()))
 
-    spy(monkeypatch, glue, "loss", note)
+    spy(monkeypatch, aflora.Training, "step", note)
     assert run_main(folder, "--epochs 2 --batch-size 8 --amp off") == 0
     assert statistics.mean(spreads) < 2
     epochs = [widths[:50], widths[50:]]

@@ -23,7 +23,7 @@ from aflora import AFLoRAError
 from conftest import DOWNLOAD
 from data import fetch as sources
 from data.fetch import Source, fetch, model_folder
-from processes import FORK, ForkedScript
+from processes import FORK, ForkedScript, skip_with_cuda
 
 CLOSED = "http://127.0.0.1:9"  # nobody answers there
 
@@ -344,6 +344,7 @@ def test_model_folder(monkeypatch):
 def test_first_runs_at_the_same_time(monkeypatch):
     """Two processes that find the cache empty and fetch the same file at once both get it."""
     data = b"x" * 20_000_000
+    skip_with_cuda()
     both = FORK.Barrier(2)
     places = [Source("http://localhost/w")]
 

@@ -295,6 +295,7 @@ def test_on_cuda_texts_are_padded_to_multiples_of_eight(monkeypatch, folder):
     _, tokenizer, _ = glue.load_model(str(folder), 0, torch.device("cpu"))
     examples = glue.Examples(rows, tokenizer, max_length=12)
     both = torch.arange(2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     plain = examples.collate(both)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     padded = examples.collate(both)

@@ -56,7 +56,7 @@ def read(task, arm, seed, lr=None):
 def search_with(task, arm, accuracies):
     """Leaves search cells with these accuracies, a rate each."""
     results.FOLDER.mkdir(exist_ok=True)
-    for lr, accuracy in zip(results.METHODS[arm][1], accuracies):
+    for lr, accuracy in zip(results.methods()[arm][1], accuracies):
         path = results.path_of(task, arm, results.SEARCH_SEED, lr)
         path.write_text(json.dumps({"lr": lr, "accuracy": accuracy}))
 
@@ -141,12 +141,12 @@ def test_cells_run_in_their_order_and_each_once(cells, monkeypatch):
     cells("full")
     order = []
 
-    def record(cells, jobs):
-        assert jobs == 3
+    def record(cells, pool):
+        assert pool == "the pool"
         order.extend(cells)
 
     monkeypatch.setattr(results, "run_all", record)
-    results.run_everything(["mrpc"], 3)
+    results.run_task("mrpc", "the pool")
     assert {task for task, *_ in order} == {"mrpc"}
     searched = [(arm, lr[0]) for _, arm, _, *lr in order if lr]
     assert sorted(searched) == sorted((arm, lr) for arm, (_, rates) in results.METHODS.items()
@@ -165,13 +165,14 @@ def test_cells_run_in_their_order_and_each_once(cells, monkeypatch):
 
 
 def test_only_cells_without_a_file_run(cells, monkeypatch):
-    """The others are found again, by processes that know the preset."""
+    """The others are found again, by processes that know the preset and are started once."""
     cells("full")
+    pools = []
     started = []
 
     class Pool:
         def __init__(self, jobs, context, initializer, given):
-            started.append((jobs, initializer, given))
+            pools.append((jobs, initializer, given))
 
         def __enter__(self):
             return self
@@ -186,10 +187,28 @@ def test_only_cells_without_a_file_run(cells, monkeypatch):
     monkeypatch.setattr(results, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(results, "as_completed", lambda cells: [])
     search_with("mrpc", AFLORA, (70, 80))
-    results.run_all(results.search_cells("mrpc", [AFLORA]), 7)
-    pool, *waiting = started
-    assert pool == (7, results.use_preset, ("full",))
-    assert waiting == [("mrpc", AFLORA, 100, 2e-2), ("mrpc", AFLORA, 100, 4e-2)]
+    monkeypatch.setattr(results, "run_task", lambda task, pool: results.run_all(
+        results.search_cells(task, [AFLORA]), pool))
+    results.run_everything(["mrpc"], 7)
+    assert pools == [(7, results.use_preset, ("full",))]
+    assert started == [("mrpc", AFLORA, 100, 2e-2), ("mrpc", AFLORA, 100, 4e-2)]
+
+
+def test_ranks_are_compared_at_rates_of_the_fold(cells, folder, monkeypatch):
+    """Rows and epochs of the quick preset; cells are kept apart from its, and there are no
+    questions."""
+    seen = cells("ranks")
+    arm = "aflora r=16"
+    results.run("mrpc", arm, results.SEARCH_SEED, 1.4e-2)
+    assert len(seen[0].dev) == 2  # a tenth of 16 training rows, rounded up
+    cell = read("mrpc", arm, results.SEARCH_SEED, 1.4e-2)
+    assert cell["scored_on"] == results.FOLD
+    assert (cell["rank"], cell["epochs"], cell["preset"]) == (16, 2, "quick")
+    order = []
+    monkeypatch.setattr(results, "run_all", lambda cells, pool: order.extend(cells))
+    results.run_task("mrpc", None)
+    assert {arm for _, arm, *_ in order} == set(results.RANKS)
+    assert {seed for _, _, seed, *lr in order if not lr} == set(range(5))
 
 
 def test_the_authors_rule_by_hand():

@@ -13,6 +13,7 @@ import kill
 import tiny
 import train_glue_small as glue
 from companion import contents, log_of, result_of, run_main
+from processes import skip_with_cuda
 
 RUN = "--epochs 3 --batch-size 4 --checkpoint-every 4"  # 18 steps, six an epoch
 
@@ -20,15 +21,15 @@ RUN = "--epochs 3 --batch-size 4 --checkpoint-every 4"  # 18 steps, six an epoch
 def at_step(monkeypatch, number, act):
     """Calls act() within that step of the next run."""
     calls = []
-    real = glue.loss
+    real = aflora.Training.step
 
-    def loss(model, batch):
-        calls.append(batch)
+    def step(training, micro_batches):
+        calls.append(micro_batches)
         if len(calls) == number:
             act()
-        return real(model, batch)
+        return real(training, micro_batches)
 
-    monkeypatch.setattr(glue, "loss", loss)
+    monkeypatch.setattr(aflora.Training, "step", step)
 
 
 def interrupt():
@@ -59,6 +60,7 @@ def stop_run(folder, step, flags=RUN):
 
 def in_child(act):
     """The status of a process of its own that calls act() and exits with what this returns."""
+    skip_with_cuda()
     process = os.fork()
     if process == 0:
         code = 1
@@ -298,6 +300,7 @@ def test_a_new_run_leaves_nothing_of_the_old_one_beside_its_log(folder, monkeypa
 
 def test_killed_runs_resume():
     """The short form of kill.py: SIGKILL at a random moment of a whole process loses nothing."""
+    skip_with_cuda()
     assert kill.main(1, epochs=10) == 1
 
 

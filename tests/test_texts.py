@@ -141,6 +141,12 @@ def test_every_row_comes_once_in_an_epoch(rows, tokenizer):
     assert sorted(pairs_in(batches)) == sorted(expected)
 
 
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch):
+    """Batches are as long as their longest text; what CUDA adds is tested in test_graphs.py."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def test_the_order_comes_from_seed_and_epoch(rows, tokenizer):
     """The same for the same seed and epoch, another for another of either."""
     examples = glue.Examples(rows, tokenizer)
