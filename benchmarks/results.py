@@ -1,7 +1,7 @@
 """The evidence: every method side by side, and AFLoRA's own questions, on several seeds.
 
     python benchmarks/results.py             runs what is not done yet; stop and start at will
-    python benchmarks/results.py --table     the tables of what is done, as Markdown
+    python benchmarks/results.py --table     the tables of what is done, as Markdown, of all presets
     ... --preset full --task mrpc            by default quick on a CPU, full on CUDA; both tasks
     ... --preset ranks --task mrpc           quick, AFLoRA with larger ranks: what is LoRA's lead?
 
@@ -45,6 +45,7 @@ from data.fetch import STAND_IN  # noqa: E402
 
 PRESET = "full" if torch.cuda.is_available() else "quick"
 FOLDER = ROOT / "results" / PRESET
+PRESETS = ("quick", "full", "ranks")
 JOBS = 10 if torch.cuda.is_available() else os.cpu_count()
 TASKS = ("sst2", "mrpc")
 AFLORA = "aflora r=4"
@@ -325,20 +326,33 @@ def table(title, head, lines):
         print(text.replace("|grad|", r"\|grad\|").replace("|w|", r"\|w\|"))
 
 
-def methods_table(task):
-    """Every method on one task."""
-    arms = [(arm, arm, method_seeds()) for arm in methods()]
+def rows_of_methods():
+    """(name, arm, seeds) of the rows of the preset's main table."""
+    rows = [(arm, arm, method_seeds()) for arm in methods()]
     if PRESET == "full":
-        arms += [(f"{arm}, seeds 5 to 9", arm, FURTHER_SEEDS) for arm in GROUPS[0]]
+        rows += [(f"{arm}, seeds 5 to 9", arm, FURTHER_SEEDS) for arm in GROUPS[0]]
+    return rows
+
+
+def methods_table(task):
+    """Every method on one task, and what makes the adapters of seed 0."""
+    corrected = corrected_p_values(rows_of_methods())
     lines = []
-    for name, arm, seeds in arms:
+    commands = []
+    for name, arm, seeds in rows_of_methods():
         cells = load(task, arm, seeds)
         if cells:
             f1 = spread_of(cells, "f1") if cells[0]["f1"] else ""
+            mean, error, p = apart_from_aflora(task, name, arm, seeds, corrected)
             lines.append([name, f"{cells[0]['lr']:g}", trained_on_average(cells), str(len(cells)),
-                          spread_of(cells, "accuracy"), f1, spread_of(cells, "best_accuracy")])
-    head = ("method", "rate", "trained on average", "seeds", "accuracy", "F1", "best")
+                          spread_of(cells, "accuracy"), f1, spread_of(cells, "best_accuracy"),
+                          f"{mean} ± {error}" if error else mean, p])
+            commands += [f"    python {cell['command']}" for cell in cells if cell["seed"] == 0]
+    head = ("method", "rate", "trained on average", "seeds", "accuracy", "F1", "best",
+            f"against {AFLORA}", f"p, Holm, of {len(corrected)}")
     table(task, head, lines)
+    if commands:
+        print("\nThe adapters of seed 0:\n", *commands, sep="\n")
 
 
 def search_table(task):
@@ -357,37 +371,50 @@ def search_table(task):
           ("method", "rate: accuracy", "rates run"), lines)
 
 
-def paired(task, arm):
-    """(cells, differences in accuracy from AFLoRA's runs of the same seeds) of a question."""
-    base = {cell["seed"]: cell["accuracy"] for cell in load(task, AFLORA, QUESTION_SEEDS)}
-    cells = [cell for cell in load(task, arm, QUESTION_SEEDS) if cell["seed"] in base]
+def paired(task, arm, seeds):
+    """(cells, differences in accuracy from AFLoRA's runs of the same seeds)."""
+    base = {cell["seed"]: cell["accuracy"] for cell in load(task, AFLORA, seeds)}
+    cells = [cell for cell in load(task, arm, seeds) if cell["seed"] in base]
     return cells, [cell["accuracy"] - base[cell["seed"]] for cell in cells]
 
 
-def corrected_p_values():
-    """{(task, question): p after Holm's correction}, over both tasks of the preset."""
+def rows_of_questions():
+    """(name, arm, seeds) of the rows of a table of questions."""
+    return [(arm, arm, QUESTION_SEEDS) for arm in QUESTIONS]
+
+
+def corrected_p_values(rows):
+    """{(task, name): p after Holm's correction} of such rows, over both tasks of the preset."""
     p_values = {}
     for task in TASKS:
-        for arm in QUESTIONS:
-            _, apart = paired(task, arm)
-            if len(apart) > 1:
-                p_values[task, arm] = p_value(apart)
+        for name, arm, seeds in rows:
+            _, apart = paired(task, arm, seeds)
+            if len(apart) > 1 and arm != AFLORA:
+                p_values[task, name] = p_value(apart)
     return holm(p_values)
+
+
+def apart_from_aflora(task, name, arm, seeds, corrected):
+    """The mean difference, its standard error and p as texts, empty where there are none."""
+    _, apart = paired(task, arm, seeds)
+    if not apart or arm == AFLORA:
+        return "", "", ""
+    mean, deviation = mean_and_deviation(apart)
+    error = deviation / len(apart) ** 0.5
+    p = corrected.get((task, name))
+    return f"{mean:+.2f}", f"{error:.2f}" if error else "", "" if p is None else f"{p:.2f}"
 
 
 def questions_table(task):
     """The questions on one task, as paired differences from AFLoRA's runs of the same seeds."""
-    corrected = corrected_p_values()
+    corrected = corrected_p_values(rows_of_questions())
     lines = []
-    for arm in QUESTIONS:
-        cells, apart = paired(task, arm)
+    for name, arm, seeds in rows_of_questions():
+        cells, _ = paired(task, arm, seeds)
         if cells:
-            mean, deviation = mean_and_deviation(apart)
-            error = deviation / len(apart) ** 0.5
-            p = corrected.get((task, arm))
             lines.append([arm, trained_on_average(cells), str(len(cells)),
-                          spread_of(cells, "accuracy"), f"{mean:+.2f}",
-                          f"{error:.2f}" if error else "", "" if p is None else f"{p:.2f}"])
+                          spread_of(cells, "accuracy"),
+                          *apart_from_aflora(task, name, arm, seeds, corrected)])
     head = ("arm", "trained on average", "seeds", "accuracy", "difference", "its standard error",
             f"p, Holm, of {len(corrected)}")
     table(f"{task}, against {AFLORA} of the same seeds", head, lines)
@@ -396,18 +423,20 @@ def questions_table(task):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--table", action="store_true", help="only print what is done")
-    parser.add_argument("--preset", default=PRESET, choices=("quick", "full", "ranks"))
+    parser.add_argument("--preset", choices=PRESETS, help=f"default: {PRESET}; tables: all")
     parser.add_argument("--task", choices=TASKS, help="default: both")
     parser.add_argument("--jobs", default=JOBS, type=int, help="cells at once")
     args = parser.parse_args()
-    use_preset(args.preset)
     tasks = [args.task] if args.task else TASKS
-    if not args.table:
-        run_everything(tasks, args.jobs)
-    for task in tasks:
-        methods_table(task)
-        search_table(task)
-        questions_table(task)
+    presets = PRESETS if args.table else (PRESET,)
+    for preset in [args.preset] if args.preset else presets:
+        use_preset(preset)
+        if not args.table:
+            run_everything(tasks, args.jobs)
+        for task in tasks:
+            methods_table(task)
+            search_table(task)
+            questions_table(task)
 
 
 if __name__ == "__main__":

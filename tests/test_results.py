@@ -305,13 +305,13 @@ def test_the_readme_has_the_numbers_of_the_files(committed):
 def test_the_short_table_of_questions_has_the_numbers_of_the_files(committed):
     """Differences and standard errors; p after Holm's correction is below 0.05 where it is bold."""
     results.use_preset("quick")
-    corrected = results.corrected_p_values()
+    corrected = results.corrected_p_values(results.rows_of_questions())
     rows = rows_of("results/README.md", "| arm | trained on average | SST-2, difference |")
     assert [arm for arm, *_ in rows] == list(results.QUESTIONS)
     for arm, trained, *cells in rows:
         counts = []
         for task, text, seeds in zip(("sst2", "mrpc"), cells[::2], cells[1::2]):
-            runs, apart = results.paired(task, arm)
+            runs, apart = results.paired(task, arm, results.QUESTION_SEEDS)
             counts.append(results.trained_on_average(runs))
             mean, deviation = results.mean_and_deviation(apart)
             expected = f"{mean:+.2f} ± {deviation / len(apart) ** 0.5:.2f}"
@@ -322,8 +322,9 @@ def test_the_short_table_of_questions_has_the_numbers_of_the_files(committed):
 
 
 def test_committed_runs_are_whole_and_of_no_machine(committed):
-    """Every file of results/quick and results/full is a cell under its own name."""
-    paths = sorted(ROOT.glob("results/quick/*.json")) + sorted(ROOT.glob("results/full/*.json"))
+    """Every file of a preset's folder is a cell under its own name."""
+    paths = [path for preset in results.PRESETS
+             for path in sorted(ROOT.glob(f"results/{preset}/*.json"))]
     assert len(paths) > 150
     for path in paths:
         text = path.read_text(encoding="utf-8")
@@ -331,7 +332,7 @@ def test_committed_runs_are_whole_and_of_no_machine(committed):
         results.use_preset(path.parent.name)
         lr = cell["lr"] if path.name.startswith("search-") else None
         assert results.path_of(cell["task"], cell["arm"], cell["seed"], lr) == path
-        assert cell["preset"] == path.parent.name
+        assert cell["preset"] == results.recipe_name()
         assert not re.search(r'[" ]/\w+/', text)  # an absolute path
         assert cell["accuracy"] == cell["history"][-1]["accuracy"]
-        assert ("scored_on" in cell) == bool(lr and cell["preset"] == "full")
+        assert ("scored_on" in cell) == bool(lr and results.PRESET != "quick")
