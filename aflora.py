@@ -81,8 +81,8 @@ class AFLoRALinear(nn.Module):
         self.train(base.training)
 
     def forward(self, x, *args, **kwargs):
-        y = self.base(x, *args, **kwargs)  # W0 X
         tokens = x.reshape(-1, x.shape[-1])  # (tokens, in): all leading dimensions in one
+        y = self.base(tokens.view(x.shape), *args, **kwargs)  # W0 X; the base sees x's own shape
         h = F.linear(tokens, self.lora_A.to(x.dtype)).to(y.dtype)  # A X, (tokens, r)
         # Both vectors are folded into the thin B. The gradient of s_b needs what s_b multiplies: in
         # the order of (1) an activation of tokens x out values, kept for backward; here r x out.
