@@ -522,6 +522,7 @@ def test_an_overflowed_fp16_step_counts_but_touches_nothing():
     weights = [copy.deepcopy(model.state_dict())]  # after 0, 1, 2, ... steps
     scores = [torch.cat([tiny.live(freezer, freezer.Ibar), tiny.live(freezer, freezer.Ubar)])]
     skipped = []
+    rates = []
 
     def loss(model, batch):
         factor = 1.0
@@ -531,6 +532,7 @@ def test_an_overflowed_fp16_step_counts_but_touches_nothing():
 
     def after_step(training):
         weights.append(copy.deepcopy(model.state_dict()))
+        rates.append(training.optimizer.param_groups[0]["lr"])
         if freezer.live:
             scores.append(
                 torch.cat([tiny.live(freezer, freezer.Ibar), tiny.live(freezer, freezer.Ubar)]))
@@ -542,6 +544,8 @@ def test_an_overflowed_fp16_step_counts_but_touches_nothing():
         freezer=freezer, after_step=after_step)
     assert freezer.step == 16
     assert skipped == [3, 5]
+    assert rates[0] == 1e-2 / 1.96  # warm-up over 6 % of 16 steps, 0.96
+    assert_close(torch.tensor(rates[1:]), 1e-2 * (1 - torch.arange(1.0, 16) / 16) / 0.94)
     for step in range(1, 17):
         before = weights[step - 1]
         still = all(torch.equal(value, before[name]) for name, value in weights[step].items())

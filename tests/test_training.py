@@ -328,10 +328,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(precision):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_gradient_that_is_not_finite_stops_the_run(precision):
+@pytest.mark.parametrize("spoil", [
+    lambda loss, weight: loss + (weight.sum() * 0).abs().sqrt(),  # its gradient is inf * 0
+    lambda loss, weight: loss * 1e25,  # each element is finite, but not their norm
+])
+def test_a_gradient_that_is_not_finite_stops_the_run(precision, spoil):
     """Without a scaler also where the loss itself is finite."""
-    def loss(model, batch):  # whose gradient is inf * 0
-        return tiny.loss_of(model, batch) + (model.head.weight.sum() * 0).abs().sqrt()
+    def loss(model, batch):
+        return spoil(tiny.loss_of(model, batch), model.head.weight)
 
     model, _ = tiny.adapted()
     with pytest.raises(AFLoRAError, match="not finite.*lower lr"):
