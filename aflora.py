@@ -355,9 +355,7 @@ class AdaptiveFreezer:
         return names
 
     def check_optimizer(self, optimizer):
-        """Raises AFLoRAError for an optimizer that does not move every live matrix, would move a
-        frozen one, or has made steps that update() has not seen.
-        """
+        """Raises AFLoRAError for an optimizer that does not move exactly what is live."""
         if isinstance(optimizer, torch.optim.LBFGS):
             raise AFLoRAError("L-BFGS would move what is frozen: use an optimizer that moves each "
                               "parameter by its own gradient")
@@ -554,7 +552,7 @@ def parameter_groups(model, lr, head_lr, weight_decay):
 
 
 def check_same_model(model):
-    """Raises AFLoRAError if add_adapters() was given another model: a part of it, or its inside."""
+    """Raises AFLoRAError if this is not the very model that add_adapters() was given."""
     if "adapter_config" not in vars(model):
         raise AFLoRAError("add_adapters() was not called on this very model: call it on the whole "
                           "one, before torch.compile or DataParallel, and pass that here")
@@ -643,10 +641,9 @@ def train(model, batches, loss, *, epochs, accumulate=1, after_step=None, resume
     batches: callable, epoch -> a list, DataLoader or the like of batches: tensors in tuples, lists
         or dicts; as many in each epoch (batches(0) is asked for its length before).
     accumulate: micro-batches of one optimizer step, equally weighted.
-    after_step: callable, is given the Training after each step: to log its line, which is new each
-        10 steps, at an epoch's end and when something froze; to evaluate; to save a checkpoint,
-        which keeps the dict training.notes, too; to stop, by an exception. The model is in
-        training mode again in the next step.
+    after_step: callable, is given the Training after each step: to log its line (new each 10 steps,
+        at an epoch's end and when something froze), to evaluate, to save a checkpoint, to stop by
+        an exception. In the next step the model is in training mode again.
     resume: a checkpoint to go on from; on a CPU bit-identical to an uninterrupted run.
     Returns the Training. Raises AFLoRAError at the next line if something was not finite.
     """
@@ -664,7 +661,7 @@ def train(model, batches, loss, *, epochs, accumulate=1, after_step=None, resume
     with bar, side_stream(training.device):
         while training.steps < training.total_steps:
             for micro_batches in steps_left(training, batches, accumulate):
-                if not all(module.training for module in modules):  # before, or after a hook
+                if not all(module.training for module in modules):  # a hook evaluated
                     model.train()
                 frozen = training.step(micro_batches)
                 bar.update()
