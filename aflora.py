@@ -111,7 +111,8 @@ def add_adapters(model, targets, rank=4, train_matrices="all", modules_to_save=(
         layers.0.bigquery); () adapts nothing.
     train_matrices: whose A and B train: "all", or targets among the adapted modules (in the paper's
         GLUE runs the FFN's). The vectors train everywhere.
-    modules_to_save: suffixes of modules that train whole, in float32, and are saved: the head.
+    modules_to_save: suffixes of modules that train whole, in float32, and are saved: the head. What
+        is among targets, too, gets both, and its adapter the head's rate.
     rank, seed: of AFLoRALinear.
     Returns {name: AFLoRALinear}. Raises AFLoRAError, before any change, if an argument is wrong.
     """
@@ -355,7 +356,9 @@ class AdaptiveFreezer:
         return names
 
     def check_optimizer(self, optimizer):
-        """Raises AFLoRAError for an optimizer that does not move exactly what is live."""
+        """Raises AFLoRAError for an optimizer that would move a frozen matrix, lacks a live one,
+        or has made steps that update() has not seen.
+        """
         if isinstance(optimizer, torch.optim.LBFGS):
             raise AFLoRAError("L-BFGS would move what is frozen: use an optimizer that moves each "
                               "parameter by its own gradient")
@@ -409,7 +412,8 @@ class Training:
     weight_decay: of matrices; vectors and biases have none.
     graphs: on CUDA, record the kernels of each shape of batch, see GraphRecorder. Steps that are
         not train()'s have to run inside side_stream(device). A gradient that a batch does not
-        reach is then 0, not None; what you freeze by hand has to lose its .grad, too.
+        reach is then 0, not None, and AdamW still moves that parameter; of one that you freeze by
+        hand set .grad to None, too.
     """
 
     def __init__(self, model, loss, *, total_steps, lr, head_lr=None, freezer=None,
@@ -440,7 +444,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         groups = parameter_groups(model, lr, head_lr, weight_decay)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = [*model.parameters()]  # once: to walk the model takes time
         self.recorder = GraphRecorder(self.parameters) if graphs else None
         self.learned = learned_names(model)
         self.steps = 0
@@ -466,7 +470,7 @@ class Training:
         Scoring, clipping and freezing take place once, when all micro-batches are in.
         """
         if not micro_batches:
-            raise AFLoRAError("no batch is left: batches(epoch) has to hold as many in each epoch")
+            raise AFLoRAError("a step needs a batch: is an epoch shorter than batches(0)?")
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * self.rate()
         for batch in micro_batches:  # equally large, they add up to the gradients of one big batch
@@ -576,9 +580,9 @@ class GraphRecorder:
     - gradients are zeroed, never dropped: a replay adds to them where they lay;
     - the first two batches of a shape run as they are, while libraries set themselves up, and a
       rare shape is not worth a recording; the third is recorded;
-    - all recordings are forgotten as soon as a gradient is not where it was, above all when a
-      matrix freezes and its gradient's memory is given up. Each shape is then recorded anew with
-      its next batch.
+    - all recordings are forgotten as soon as a gradient or a weight is not where it was, above all
+      when a matrix freezes, since its gradient's memory is given up. That batch runs as it is, and
+      then each shape is recorded anew.
     All share one pool of memory, about as large as the largest shape needs. Python inside the loss
     runs at the recording alone: a number that it makes anew for each batch would stay as it was.
     """
@@ -586,19 +590,20 @@ class GraphRecorder:
     def __init__(self, parameters):
         self.parameters = parameters
         self.seen = Counter()  # batches of each shape
-        self.places = None  # of the gradients
+        self.places = None  # of weights and gradients
 
     def run(self, forward_backward, batch, count):
-        places = [p.grad.data_ptr() if p.grad is not None else 0 for p in self.parameters]
-        if places != self.places:
-            self.places = places
+        moved = places(self.parameters) != self.places
+        if moved:
             self.recorded = {}  # shape: (the inputs it reads, graph)
             self.pool = None
         shape = repr((count, tree_map_only(torch.Tensor, lambda x: (x.shape, x.dtype), batch)))
         self.seen[shape] += 1
         if shape not in self.recorded:
-            if self.seen[shape] < 3 or len(self.recorded) >= MOST_GRAPHS:
-                return forward_backward(batch, count)
+            if moved or self.seen[shape] < 3 or len(self.recorded) >= MOST_GRAPHS:
+                forward_backward(batch, count)
+                self.places = places(self.parameters)
+                return
             inputs = tree_map_only(torch.Tensor, torch.clone, batch)
             graph = record(self.pool, forward_backward, inputs, count)
             self.pool = graph.pool()
@@ -610,12 +615,19 @@ class GraphRecorder:
         graph.replay()
 
 
+def places(parameters):
+    """Where each lies, and its gradient, if it has one; and which of them train."""
+    gradients = [None if p.grad is None else p.grad.data_ptr() for p in parameters]
+    return [(p.data_ptr(), p.requires_grad) for p in parameters], gradients
+
+
 def record(pool, work, *inputs):
     """The CUDA graph of what work(*inputs) starts on the device. Nothing of it runs yet."""
-    with blame("graphs=True needs a CUDA device, a loss that reads no value back and, outside "
-               "train(), side_stream(device): else leave it out, and start Python anew"):
+    with blame("graphs=True needs a CUDA device and a loss that reads no value back, and a step "
+               "outside train() needs side_stream(device): start Python anew, if need be without"):
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.current_stream()  # and of this thread: a loader's may pin memory
+        stream = torch.cuda.current_stream()
+        # "thread_local": other threads, such as a loader's that pins memory, may go on
         with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             work(*inputs)
         return graph
@@ -642,8 +654,9 @@ def train(model, batches, loss, *, epochs, accumulate=1, after_step=None, resume
         or dicts; as many in each epoch (batches(0) is asked for its length before).
     accumulate: micro-batches of one optimizer step, equally weighted.
     after_step: callable, is given the Training after each step: to log its line (new each 10 steps,
-        at an epoch's end and when something froze), to evaluate, to save a checkpoint, to stop by
-        an exception. In the next step the model is in training mode again.
+        at an epoch's end and when something froze), to evaluate, to save a checkpoint (the dict
+        training.notes goes with it), to stop by an exception. In the next step the model is in
+        training mode again.
     resume: a checkpoint to go on from; on a CPU bit-identical to an uninterrupted run.
     Returns the Training. Raises AFLoRAError at the next line if something was not finite.
     """
@@ -661,7 +674,7 @@ def train(model, batches, loss, *, epochs, accumulate=1, after_step=None, resume
     with bar, side_stream(training.device):
         while training.steps < training.total_steps:
             for micro_batches in steps_left(training, batches, accumulate):
-                if not all(module.training for module in modules):  # a hook evaluated
+                if not all(module.training for module in modules):  # after_step() evaluated
                     model.train()
                 frozen = training.step(micro_batches)
                 bar.update()
@@ -698,7 +711,7 @@ def steps_left(training, batches, accumulate):
 
 
 def to_device(batch, device):
-    """Moves all tensors of a batch, while the device computes."""
+    """Moves all tensors of a batch. Small ones, and those in pinned memory, do not wait for CUDA."""
     return tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), batch)
 
 

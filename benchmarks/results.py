@@ -3,7 +3,7 @@
     python benchmarks/results.py             runs what is not done yet; stop and start at will
     python benchmarks/results.py --table     the tables of what is done, as Markdown, of all presets
     ... --preset full --task mrpc            by default quick on a CPU, full on CUDA; both tasks
-    ... --preset ranks --task mrpc           quick, AFLoRA with larger ranks: what is LoRA's lead?
+    ... --preset ranks --task mrpc           quick's rows and epochs: AFLoRA at three ranks, LoRA
 
 A preset's rows and epochs are the companion's, its results lie under results/PRESET: never mixed.
 A cell is one run of the companion (of the question "one shot before": of examples/freezenet.py)
@@ -11,8 +11,7 @@ and one JSON file; its history has the accuracy after each epoch. A run of a que
 thing from AFLoRA's run of the same seed (one shot before in two: what it keeps does not decay).
 Texts and weights as for train_glue_small.py.
 
-First a learning rate is chosen for every method and task among four, by the last epoch's accuracy
-with a seed that is not reported. Full and ranks: on a fold, every tenth training row, which such a
+First a learning rate is chosen for every method and task, by the last epoch's accuracy with a seed that is not reported. Full and ranks: on a fold, every tenth training row, which such a
 run does not train on; dev rows are not looked at. Quick: on dev, with fewer rows to train on.
 
 --jobs N cells run at once, one thread each: as many as there are cores, on CUDA ten. They share the
@@ -79,6 +78,7 @@ QUESTIONS = {  # arm: flags beside AFLoRA's; an arm's order of freezing is its f
 SEEDS = range(3)  # of the quick preset's methods
 QUESTION_SEEDS = range(5)  # and of all of the full one
 FURTHER_SEEDS = range(5, 10)  # of AFLoRA and LoRA at the full one
+ROWS_OF_QUESTIONS = [(arm, arm, QUESTION_SEEDS) for arm in QUESTIONS]  # as rows_of_methods()
 SEARCH_SEED = 100
 LOAD_TASK = text.load_task
 FOLD = f"every tenth training row after a shuffle with seed {SEARCH_SEED}, not trained on"
@@ -279,7 +279,7 @@ def seed_cells(task, arms, seeds):
 
 
 def run_everything(tasks, jobs):
-    """Runs both tasks' cells, `jobs` at once."""
+    """Runs the tasks' cells, `jobs` at once."""
     processes = torch.multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, processes, use_preset, (PRESET,)) as pool:
         for task in tasks:
@@ -288,10 +288,10 @@ def run_everything(tasks, jobs):
 
 def run_task(task, pool):
     """The methods, a group after the other, then the questions."""
-    for arms in [tuple(RANKS)] if PRESET == "ranks" else GROUPS:
+    for arms in [RANKS] if PRESET == "ranks" else GROUPS:
         run_all(search_cells(task, arms), pool)
         run_all(seed_cells(task, arms, method_seeds()), pool)
-    if PRESET == "ranks":
+    if PRESET == "ranks":  # there are no questions
         return
     run_all(seed_cells(task, [AFLORA, *QUESTIONS], QUESTION_SEEDS), pool)
     if PRESET == "full":
@@ -352,7 +352,7 @@ def methods_table(task):
             f"against {AFLORA}", f"p, Holm, of {len(corrected)}")
     table(task, head, lines)
     if commands:
-        print("\nThe adapters of seed 0:\n", *commands, sep="\n")
+        print("\nThe commands of seed 0:\n", *commands, sep="\n")
 
 
 def search_table(task):
@@ -376,11 +376,6 @@ def paired(task, arm, seeds):
     base = {cell["seed"]: cell["accuracy"] for cell in load(task, AFLORA, seeds)}
     cells = [cell for cell in load(task, arm, seeds) if cell["seed"] in base]
     return cells, [cell["accuracy"] - base[cell["seed"]] for cell in cells]
-
-
-def rows_of_questions():
-    """(name, arm, seeds) of the rows of a table of questions."""
-    return [(arm, arm, QUESTION_SEEDS) for arm in QUESTIONS]
 
 
 def corrected_p_values(rows):
@@ -407,12 +402,12 @@ def apart_from_aflora(task, name, arm, seeds, corrected):
 
 def questions_table(task):
     """The questions on one task, as paired differences from AFLoRA's runs of the same seeds."""
-    corrected = corrected_p_values(rows_of_questions())
+    corrected = corrected_p_values(ROWS_OF_QUESTIONS)
     lines = []
-    for name, arm, seeds in rows_of_questions():
+    for name, arm, seeds in ROWS_OF_QUESTIONS:
         cells, _ = paired(task, arm, seeds)
         if cells:
-            lines.append([arm, trained_on_average(cells), str(len(cells)),
+            lines.append([name, trained_on_average(cells), str(len(cells)),
                           spread_of(cells, "accuracy"),
                           *apart_from_aflora(task, name, arm, seeds, corrected)])
     head = ("arm", "trained on average", "seeds", "accuracy", "difference", "its standard error",

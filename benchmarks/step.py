@@ -16,8 +16,8 @@ Counted rounds follow five that are left out. Ratios are medians of those within
 machine's speed drifts. FLOPs: of forward and backward, attention written out. Saved: what autograd
 keeps for the backward pass, each storage once, parameters left out, and what of it the adapters'
 forward keeps. On CUDA some arms run once more with forward and backward recorded as a CUDA graph;
-their ratios are to recorded arms. Busy: what all kernels of a step take, from the profiler, which
-comes last, since it can leave launches slower.
+their ratios are to recorded arms. Busy: what all kernels of a step take, from the profiler. It can
+leave launches slower: it comes last, and a condition of its own process is measured best.
 Writes results/step-DEVICE.json; a condition measured anew replaces the old one.
 """
 
@@ -297,7 +297,8 @@ def flops(arm):
 
 
 def busy(arm):
-    """(kernels and copies of one step, their ms in sum), from the profiler. On CUDA alone."""
+    """(kernels and copies of one step, their ms in sum), from the profiler. On CUDA alone; 0 where
+    the profiler saw nothing, which happens in a process that has profiled before."""
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=kinds) as profiler:
         arm.step()
@@ -305,8 +306,6 @@ def busy(arm):
     kernels = [event for event in profiler.events()
                if event.device_type == torch.autograd.DeviceType.CUDA
                and not event.is_user_annotation]  # the optimizer names its own spans
-    if not kernels:
-        raise SystemExit("the profiler saw no kernel: run this condition alone, in a new process")
     return len(kernels), sum(event.device_time for event in kernels) / 1000
 
 
@@ -389,16 +388,21 @@ def add_times(found, times):
 
 def measure(shape, size, length, precision, rounds):
     """All ARMS in one condition, as a dict for the file."""
+    batch = make_batch(size, length)
     with aflora.side_stream(DEVICE):
-        arms, found = compare(ARMS, shape, make_batch(size, length), precision, rounds)
+        arms, found = compare(ARMS, shape, batch, precision, rounds)
         if CUDA:
             torch.cuda.set_sync_debug_mode("error")  # raises if the host waits inside a step
             arms["aflora start"].step()
             arms["aflora start" + RECORDED].step()
             torch.cuda.set_sync_debug_mode("default")
+        fresh = Arm(ARMS["aflora start"], shape, precision, batch)
+        for _ in range(FREEZE_AFTER):
+            fresh.step()
+        freezer = freezer_share(fresh, found["aflora start"]["ms"])
+        if CUDA:
             for name, arm in arms.items():
                 found[name]["kernels"], found[name]["busy_ms"] = busy(arm)
-        freezer = freezer_share(arms["aflora start"], found["aflora start"]["ms"])
     ratio = found["aflora frozen"]["saved_by_adapters"] / found["naive frozen"]["saved_by_adapters"]
     return {"rounds": rounds, "machine": machine(), "arms": found, "freezer": freezer,
             "saved_to_naive": ratio, "no_wait": CUDA or None}

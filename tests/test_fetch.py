@@ -343,8 +343,8 @@ def test_model_folder(monkeypatch):
 
 def test_first_runs_at_the_same_time(monkeypatch):
     """Two processes that find the cache empty and fetch the same file at once both get it."""
-    data = b"x" * 20_000_000
     skip_with_cuda()
+    data = b"x" * 20_000_000
     both = FORK.Barrier(2)
     places = [Source("http://localhost/w")]
 

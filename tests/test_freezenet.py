@@ -645,12 +645,12 @@ def test_runs_in_other_processes_are_appended(tmp_path, monkeypatch, capsys):
 
     The first runs are in new processes of Python, the others in forks, which start at once.
     """
+    skip_with_cuda()
     path = tmp_path / "new" / "runs.jsonl"
     lines = [{"arm": "SNIP", "factor": 50, "seed": seed, "epochs": 2, "accuracy": 1.5}
              for seed in range(3)]
     run_all = freezenet.report.run_all
     run_all(dict, [(list(line.items()),) for line in lines[:1]], path, 1)
-    skip_with_cuda()
     monkeypatch.setattr(torch.multiprocessing, "get_context", lambda method: FORK)
     run_all(dict, [(list(line.items()),) for line in lines[1:]], path, 1)
     assert freezenet.report.read(path, 2) == lines

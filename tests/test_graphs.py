@@ -32,13 +32,21 @@ def tape(monkeypatch):
     class Tape:
         def __init__(self, pool, forward_backward, batch, count):
             self.call = functools.partial(forward_backward, batch, count)
+            self.parameters = forward_backward.__self__.parameters
+            self.places = self.now()
             x, *_ = batch.values() if isinstance(batch, dict) else batch
             events.append((tuple(x.shape), count))
+
+        def now(self):
+            """Where a replay reads weights, and adds to gradients: what trains has to have one."""
+            assert all(p.grad is not None for p in self.parameters if p.requires_grad)
+            return [(p.data_ptr(), p.requires_grad and p.grad.data_ptr()) for p in self.parameters]
 
         def pool(self):
             return None
 
         def replay(self):
+            assert self.now() == self.places
             events.append("replay")
             self.call()
 
@@ -166,7 +174,7 @@ def test_gradients_stay_where_they_are(tape):
 
 
 def test_what_froze_is_forgotten(tape):
-    """After a step that froze something each shape is recorded anew, at its next batch."""
+    """After a step that froze something one batch runs as it is, and then shapes are recorded anew."""
     model, layers = tiny.adapted()
     freezer = AdaptiveFreezer(layers, 100, 0, 20)
     training = Training(
@@ -178,19 +186,42 @@ def test_what_froze_is_forgotten(tape):
         frozen = training.step([batch])
         recorded_in += [step for event in tape[before:] if event != "replay"]
         assert bool(frozen) == (step in (10, 20, 30))
-    assert recorded_in == [3, 11, 21]
-    assert tape.count("replay") == 28
+    assert recorded_in == [3, 12, 22]
+    assert tape.count("replay") == 26
 
 
-def test_a_hook_may_drop_gradients(tape):
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_a_hook_may_drop_gradients(tape, every):
     """Recordings would go on to write where they lay: what is learned is as without graphs."""
     def drop(training):
-        if training.steps % 5 == 0:
+        if training.steps % every == 0:
             training.model.zero_grad()
 
     eager = trained(False, two_shapes(), after_step=drop)
     recorded = trained(True, two_shapes(), after_step=drop)
+    assert ("replay" in tape) == (every > 1)  # the batch after a drop is not recorded
+    assert_same(recorded, eager)
+
+
+def test_a_hook_may_move_weights_and_let_others_train(tape):
+    """A recording reads weights where they lay, and has the gradients of what trained then."""
+    kept = []
+
+    def move(training):
+        if training.steps % 7 == 0:
+            for p in training.model.parameters():
+                kept.append(p.data)  # its memory is not given to the next one
+                p.data = p.data.clone()
+        if training.steps == 33:
+            weight = training.model.blocks[0].norm.weight.requires_grad_(True)
+            group = training.optimizer.param_groups[0] | dict(params=[weight])
+            training.optimizer.add_param_group(group)
+
+    before = tiny.adapted()[0].blocks[0].norm.weight
+    eager = trained(False, two_shapes(), after_step=move)
+    recorded = trained(True, two_shapes(), after_step=move)
     assert "replay" in tape
+    assert not torch.equal(eager[0]["blocks.0.norm.weight"], before)
     assert_same(recorded, eager)
 
 
@@ -318,6 +349,20 @@ def test_recorded_on_cuda_equals_eager(precision):
     recorded = trained(True, two_shapes(), precision, tiny.loss_of, "cuda")
     assert recorded[1] == eager[1]
     assert [line["loss"] for line in recorded[2]] == [line["loss"] for line in eager[2]]
+
+
+@CUDA
+@pytest.mark.parametrize("every", [1, 5])
+def test_a_hook_may_drop_gradients_on_cuda(every):
+    """What is learned is as without graphs."""
+    def drop(training):
+        if training.steps % every == 0:
+            training.model.zero_grad()
+
+    eager = trained(False, two_shapes(), loss=tiny.loss_of, device="cuda", after_step=drop)
+    recorded = trained(True, two_shapes(), loss=tiny.loss_of, device="cuda", after_step=drop)
+    for name, value in eager[0].items():
+        torch.testing.assert_close(recorded[0][name], value)
 
 
 @CUDA

@@ -270,7 +270,7 @@ def committed(monkeypatch):
     return printed
 
 
-@pytest.mark.parametrize("preset", ["quick", "full"])
+@pytest.mark.parametrize("preset", results.PRESETS)
 def test_results_readme_has_the_tables_that_are_printed(committed, preset, capsys):
     """Word for word, as one block a preset."""
     printed = committed(preset, capsys).strip()
@@ -305,7 +305,7 @@ def test_the_readme_has_the_numbers_of_the_files(committed):
 def test_the_short_table_of_questions_has_the_numbers_of_the_files(committed):
     """Differences and standard errors; p after Holm's correction is below 0.05 where it is bold."""
     results.use_preset("quick")
-    corrected = results.corrected_p_values(results.rows_of_questions())
+    corrected = results.corrected_p_values(results.ROWS_OF_QUESTIONS)
     rows = rows_of("results/README.md", "| arm | trained on average | SST-2, difference |")
     assert [arm for arm, *_ in rows] == list(results.QUESTIONS)
     for arm, trained, *cells in rows:

@@ -12,6 +12,12 @@ from data import fetch as sources
 from data.text import WordPieceTokenizer, load_task, read_table
 
 
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch):
+    """Batches are as long as their longest text; what CUDA adds is tested in test_graphs.py."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 # ------------------------------------------------------------------------------------- the tasks
 def test_sst2(folder):
     """Rows, labels and splits of SST-2, by a reading of its own."""
@@ -139,12 +145,6 @@ def test_every_row_comes_once_in_an_epoch(rows, tokenizer):
     assert sorted(sizes) == [1] + [8] * 75
     expected = [(tokenizer.encode(text, pair)[0], label) for text, pair, label in rows]
     assert sorted(pairs_in(batches)) == sorted(expected)
-
-
-@pytest.fixture(autouse=True)
-def on_a_cpu(monkeypatch):
-    """Batches are as long as their longest text; what CUDA adds is tested in test_graphs.py."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def test_the_order_comes_from_seed_and_epoch(rows, tokenizer):
