@@ -711,7 +711,7 @@ def steps_left(training, batches, accumulate):
 
 
 def to_device(batch, device):
-    """Moves all tensors of a batch. Small ones, and those in pinned memory, do not wait for CUDA."""
+    """Moves all tensors of a batch. Small ones and those in pinned memory do not wait for CUDA."""
     return tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), batch)
 
 

@@ -347,7 +347,7 @@ class Run:
         self.freezer = self.make_freezer()
 
     def add_adapters(self):
-        """Adds the adapters, and shows that this changes no prediction. On CUDA it warms up, too."""
+        """Adds the adapters and shows that this changes no prediction, which warms CUDA up, too."""
         plain = self.predict_dev()
         if self.args.method != "full":
             hold_frozen_weights(self.model.encoder, self.precision)

@@ -11,8 +11,9 @@ and one JSON file; its history has the accuracy after each epoch. A run of a que
 thing from AFLoRA's run of the same seed (one shot before in two: what it keeps does not decay).
 Texts and weights as for train_glue_small.py.
 
-First a learning rate is chosen for every method and task, by the last epoch's accuracy with a seed that is not reported. Full and ranks: on a fold, every tenth training row, which such a
-run does not train on; dev rows are not looked at. Quick: on dev, with fewer rows to train on.
+First a learning rate is chosen for every method and task, by the last epoch's accuracy with a seed
+that is not reported. Full and ranks: on a fold, every tenth training row, which such a run does not
+train on; dev rows are not looked at. Quick: on dev, with fewer rows to train on.
 
 --jobs N cells run at once, one thread each: as many as there are cores, on CUDA ten. They share the
 GPU better with the driver's multi-process service: `nvidia-cuda-mps-control -d` starts it.

@@ -174,7 +174,7 @@ def test_gradients_stay_where_they_are(tape):
 
 
 def test_what_froze_is_forgotten(tape):
-    """After a step that froze something one batch runs as it is, and then shapes are recorded anew."""
+    """After a step that froze something one batch runs as it is; then shapes are recorded anew."""
     model, layers = tiny.adapted()
     freezer = AdaptiveFreezer(layers, 100, 0, 20)
     training = Training(
