@@ -388,9 +388,11 @@ def test_frozen_is_frozen_on_cuda():
 @CUDA
 def test_no_wait_inside_a_recorded_step():
     """Torch itself raises where a step waits for the device; recordings are made before."""
-    model, _ = tiny.adapted()
+    model, layers = tiny.adapted()
     model.to("cuda")
-    training = Training(model, tiny.loss_of, total_steps=20, lr=1e-2, graphs=True)
+    freezer = AdaptiveFreezer(layers, 20, 10, 0)  # it scores, and nothing is due yet
+    training = Training(
+        model, tiny.loss_of, total_steps=20, lr=1e-2, freezer=freezer, graphs=True)
     batch = aflora.to_device(tiny.data()[0], training.device)
     with aflora.side_stream(training.device):
         for _ in range(5):
