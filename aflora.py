@@ -82,7 +82,7 @@ class AFLoRALinear(nn.Module):
 
     def forward(self, x, *args, **kwargs):
         tokens = x.reshape(-1, x.shape[-1])  # (tokens, in): all leading dimensions in one
-        y = self.base(tokens.view(x.shape), *args, **kwargs)  # W0 X; the base sees x's own shape
+        y = self.base(tokens.view(x.shape), *args, **kwargs)  # W0 X, from the memory that A reads
         h = F.linear(tokens, self.lora_A.to(x.dtype)).to(y.dtype)  # A X, (tokens, r)
         # Both vectors are folded into the thin B. The gradient of s_b needs what s_b multiplies: in
         # the order of (1) an activation of tokens x out values, kept for backward; here r x out.
@@ -99,7 +99,7 @@ class AFLoRALinear(nn.Module):
         A, B = self.lora_factors()
         return B @ A
 
-    weight = property(lambda self: self.base.weight)  # some models read these
+    weight = property(lambda self: self.base.weight)  # some models read these: T5 a weight's dtype
     bias = property(lambda self: self.base.bias)
 
 
@@ -111,8 +111,8 @@ def add_adapters(model, targets, rank=4, train_matrices="all", modules_to_save=(
         layers.0.bigquery); () adapts nothing.
     train_matrices: whose A and B train: "all", or targets among the adapted modules (in the paper's
         GLUE runs the FFN's). The vectors train everywhere.
-    modules_to_save: suffixes of modules that train whole, in float32, and are saved: the head. What
-        is among targets, too, gets both, and its adapter the head's rate.
+    modules_to_save: suffixes of modules that train whole, in float32, and are saved: the head. A
+        module in both lists trains whole and has an adapter, both at the head's rate.
     rank, seed: of AFLoRALinear.
     Returns {name: AFLoRALinear}. Raises AFLoRAError, before any change, if an argument is wrong.
     """
@@ -133,7 +133,7 @@ def add_adapters(model, targets, rank=4, train_matrices="all", modules_to_save=(
     for p in itertools.chain(*(modules[name].parameters() for name in saved)):
         p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
         p.requires_grad_(True)
-    model.adapter_names = learned_names(model)  # what a file covers, also where it will be frozen
+    model.adapter_names = learned_names(model)  # for the file, also if they are frozen later
     model.adapter_config = dict(targets=names, rank=rank, train_matrices=trained,
                                 modules_to_save=saved, seed=seed)
     for name in set(names) - set(trained):
@@ -144,8 +144,10 @@ def add_adapters(model, targets, rank=4, train_matrices="all", modules_to_save=(
 
 def find(targets, names):
     """Those of `names` that are targets or end in one. AFLoRAError where a target selects none."""
+    if isinstance(targets, str):
+        targets = [targets]
     found = set()
-    for target in [targets] if isinstance(targets, str) else targets:
+    for target in targets:
         hits = [target] if target in names else [n for n in names if n.endswith(f".{target}")]
         if not hits:
             there = ", ".join(sorted({name.rpartition(".")[2] for name in names if name}))
@@ -188,14 +190,15 @@ def merge_adapters(model):
     """
     merged = {}
     for name, layer in adapters_of(model).items():
-        with blame(f"{name} cannot be merged: its {type(layer.base).__name__} needs a plain "
-                   "weight, of a type in which the sum is finite, as float32"):
+        kind = type(layer.base).__name__
+        with blame(f"{name} cannot be merged: its {kind} needs a plain weight"):
             delta = layer.delta_weight()
             W0 = layer.base.get_parameter("weight")
-            plain = W0.is_floating_point() and W0.shape == delta.shape
-            merged[layer] = (W0 + delta).to(W0.dtype)
-            if not plain or not merged[layer].isfinite().all():
+            if not W0.is_floating_point() or W0.shape != delta.shape:
                 raise AFLoRAError(f"it has {W0.dtype}")
+            merged[layer] = (W0 + delta).to(W0.dtype)
+            if not merged[layer].isfinite().all():
+                raise AFLoRAError(f"the sum is not finite in {W0.dtype}, use float32")
     for layer, weight in merged.items():  # a new parameter: another module may share the old one
         layer.base.weight = nn.Parameter(weight, requires_grad=False)
     replace_modules(model, {layer: layer.base for layer in merged})
@@ -241,7 +244,8 @@ class AdaptiveFreezer:
 
     adapters: what add_adapters returned.
     total_steps, t_i, t_f: of equation (6), whole numbers of optimizer steps, not shares.
-    interval: matrices freeze only at a look: after each multiple of it, and from T - t_f on.
+    interval: whether something is due is looked up after each such number of steps, and after every
+        step from T - t_f on.
     beta1, beta2, kind: of equations (3), (4) and (2).
     Call update() once per optimizer step, when its gradients are whole, and freeze(optimizer) after
     optimizer.step(): see Training.step. frozen_at is {matrix: after which step}, in order.
@@ -270,7 +274,7 @@ class AdaptiveFreezer:
         if not self.matrices:
             raise AFLoRAError("no A or B is trainable: nothing to freeze, leave the freezer out")
         self.Ibar = {name: p.new_zeros(p.numel()) for name, p in self.live.items()}
-        self.Ubar = dict(self.Ibar)
+        self.Ubar = {name: p.new_zeros(p.numel()) for name, p in self.live.items()}
         sensitivity(torch.zeros(1), torch.zeros(1), kind)  # refuses an unknown kind
         self.scheduled()  # and a schedule that does not fit
         ramp = self.total_steps - self.t_i - self.t_f
@@ -291,7 +295,8 @@ class AdaptiveFreezer:
         """Takes the gradients of one optimizer step into the scores, equations (2) to (4).
 
         found_inf: 0-dim bool tensor, true if a gradient overflowed and the step will be skipped; by
-        default, whether one is not finite here. Such a step counts, but leaves the scores alone.
+        default the gradients of the live A and B are asked, but a scaler skips for any parameter.
+        Such a step counts, and leaves the scores alone.
         """
         self.step += 1
         if not self.live:
@@ -350,7 +355,7 @@ class AdaptiveFreezer:
             matrix = self.live.pop(name)
             # Frozen for good. It keeps its place in param_groups, so that a checkpoint still fits
             matrix.requires_grad_(False)  # backward makes no gradient from now on
-            matrix.grad = None  # AdamW passes it by; at a gradient of 0 momentum and decay move it
+            matrix.grad = None  # AdamW skips it; for a gradient of 0 momentum would still move it
             optimizer.state.pop(matrix, None)  # its moments are not needed any more
             self.frozen_at[name] = self.step
         return names
@@ -366,7 +371,7 @@ class AdaptiveFreezer:
         for name, matrix in self.live.items():
             if matrix not in held:
                 raise AFLoRAError(f"the optimizer lacks {name}: make it after add_adapters()")
-        first = next(iter(self.live.values()))
+        first = next(iter(self.live.values()))  # it has trained from the first step on
         steps_made = optimizer.state.get(first, {}).get("step", 0)
         if not self.frozen_at and steps_made > self.step:
             raise AFLoRAError("the optimizer has made more steps than update() has seen: call it "
@@ -392,8 +397,11 @@ class AdaptiveFreezer:
     def load_state_dict(self, content):
         """Takes up a state_dict() in a new freezer. Raises AFLoRAError if it is of another run."""
         expect_equal(content["plan"], self.state_dict()["plan"])
-        vars(self).update(content["state"])
-        self.frozen_at = dict(self.frozen_at)  # the caller's stays as it is
+        state = content["state"]
+        self.step = state["step"]
+        self.Ibar = state["Ibar"]
+        self.Ubar = state["Ubar"]
+        self.frozen_at = dict(state["frozen_at"])
         for name in self.frozen_at:
             self.live.pop(name).requires_grad_(False)
 
@@ -411,9 +419,9 @@ class Training:
     warmup: share of the steps in which the rates rise; then they fall linearly to 0.
     weight_decay: of matrices; vectors and biases have none.
     graphs: on CUDA, record the kernels of each shape of batch, see GraphRecorder. Steps that are
-        not train()'s have to run inside side_stream(device). A gradient that a batch does not
-        reach is then 0, not None, and AdamW still moves that parameter; of one that you freeze by
-        hand set .grad to None, too.
+        not train()'s have to run inside side_stream(device). A parameter that a batch does not
+        reach then has a gradient of 0, not None, and AdamW still moves it; if you freeze one by
+        hand, set its .grad to None, too.
     """
 
     def __init__(self, model, loss, *, total_steps, lr, head_lr=None, freezer=None,
@@ -451,15 +459,16 @@ class Training:
         self.line = dict(step=0)  # of the log: the last report()
         self.notes = {}  # the caller's own, for JSON: a checkpoint keeps them
         self.epoch_start = random_state()  # the random state at the start of this epoch
-        # The epoch's losses, and the run's skipped steps. On the device: reading them waits for it
-        self.sums = torch.zeros(2, device=self.device)
+        self.sums = torch.zeros(2, device=self.device)  # to read them waits for the device, once
+        self.loss_sum = self.sums[0]  # of this epoch
+        self.skipped = self.sums[1]  # steps of the run
         self.plan = dict(  # has to be equal on resume
             total_steps=total_steps, lr=lr, head_lr=head_lr, weight_decay=weight_decay,
             precision=precision, clip=clip, warmup=warmup,
             freezer=freezer is not None, **getattr(model, "adapter_config", {}))
 
     def rate(self):
-        """The share of the peak rates for the next step: the lower of two lines, never 0."""
+        """The share of the peak rates for the next step: warm-up's line or decay's, the lower."""
         rising = (self.steps + 1) / (self.warmup * self.total_steps + 1)
         falling = (1 - self.steps / self.total_steps) / (1 - self.warmup)
         return min(rising, falling)
@@ -484,18 +493,19 @@ class Training:
             check_gradients(self.model)
         self.average_gradients(trained)
         # The score reads true gradients: still scaled, they would grow and shrink with the scaler;
-        # clipped, by a factor that depends on all the other parameters' gradients.
+        # clipped, they would depend on every other parameter's gradient.
         self.scaler.unscale_(self.optimizer)
         norm = get_total_norm([p.grad for p in trained])
         found_inf = ~norm.isfinite()
         if self.freezer:
             self.freezer.update(found_inf)
         clip_grads_with_norm_(trained, self.clip, norm)
-        self.scaler.step(self.optimizer)  # fp16: skips an overflowed step, which still counts
+        # fp16: skips an overflowed step, which still counts. Else it is made; read_sums() raises
+        self.scaler.step(self.optimizer)
         self.scaler.update()
         frozen = self.freezer.freeze(self.optimizer) if self.freezer else []
         self.optimizer.zero_grad(set_to_none=not self.recorder)
-        self.sums[1] += found_inf
+        self.skipped += found_inf
         self.steps += 1
         return frozen
 
@@ -504,10 +514,7 @@ class Training:
         with self.autocast:
             loss = self.loss(self.model, batch) / count
         self.scaler.scale(loss).backward()
-        self.sums[0] += loss.detach()
-
-    def average_gradients(self, parameters):
-        """For a subclass of several processes: see examples/distributed.py."""
+        self.loss_sum += loss.detach()
 
     def read_sums(self):
         """(sum of this epoch's losses, the run's skipped steps). Waits for the device.
@@ -531,6 +538,9 @@ class Training:
             self.line["scheduled"] = float(self.freezer.scheduled())
             self.line["frozen"] = len(self.freezer.frozen_at) / len(self.freezer.matrices)
 
+    def average_gradients(self, parameters):
+        """For a subclass of several processes: see examples/distributed.py."""
+
 
 def autocast(device, precision):
     """The context in which matrix products are computed in "bf16" or "fp16"; none for "fp32"."""
@@ -548,8 +558,9 @@ def parameter_groups(model, lr, head_lr, weight_decay):
         if p.requires_grad:
             peak = head_lr if p in head else lr
             decay = weight_decay if p.ndim > 1 else 0.0
-            empty = dict(params=[], lr=peak, peak_lr=peak, weight_decay=decay)
-            groups.setdefault((peak, decay), empty)["params"].append(p)
+            if (peak, decay) not in groups:
+                groups[peak, decay] = dict(params=[], lr=peak, peak_lr=peak, weight_decay=decay)
+            groups[peak, decay]["params"].append(p)
     if not groups:
         raise AFLoRAError("nothing in this model is trainable: add_adapters() first")
     return list(groups.values())
@@ -581,8 +592,8 @@ class GraphRecorder:
     - the first two batches of a shape run as they are, while libraries set themselves up, and a
       rare shape is not worth a recording; the third is recorded;
     - all recordings are forgotten as soon as a gradient or a weight is not where it was, above all
-      when a matrix freezes, since its gradient's memory is given up. That batch runs as it is, and
-      then each shape is recorded anew.
+      when a matrix freezes, since its gradient's memory is given up. That batch runs without a
+      graph; from the next one on each shape is recorded anew.
     All share one pool of memory, about as large as the largest shape needs. Python inside the loss
     runs at the recording alone: a number that it makes anew for each batch would stay as it was.
     """
@@ -591,11 +602,13 @@ class GraphRecorder:
         self.parameters = parameters
         self.seen = Counter()  # batches of each shape
         self.places = None  # of weights and gradients
+        self.recorded = {}  # shape: (the inputs it reads, graph)
+        self.pool = None
 
     def run(self, forward_backward, batch, count):
         moved = places(self.parameters) != self.places
         if moved:
-            self.recorded = {}  # shape: (the inputs it reads, graph)
+            self.recorded = {}
             self.pool = None
         shape = repr((count, tree_map_only(torch.Tensor, lambda x: (x.shape, x.dtype), batch)))
         self.seen[shape] += 1
@@ -616,9 +629,9 @@ class GraphRecorder:
 
 
 def places(parameters):
-    """Where each lies, and its gradient, if it has one; and which of them train."""
-    gradients = [None if p.grad is None else p.grad.data_ptr() for p in parameters]
-    return [(p.data_ptr(), p.requires_grad) for p in parameters], gradients
+    """Of each: where it lies, where its gradient lies, if it has one, and whether it trains."""
+    gradients = [0 if p.grad is None else p.grad.data_ptr() for p in parameters]
+    return [(p.data_ptr(), g, p.requires_grad) for p, g in zip(parameters, gradients)]
 
 
 def record(pool, work, *inputs):
@@ -653,10 +666,11 @@ def train(model, batches, loss, *, epochs, accumulate=1, after_step=None, resume
     batches: callable, epoch -> a list, DataLoader or the like of batches: tensors in tuples, lists
         or dicts; as many in each epoch (batches(0) is asked for its length before).
     accumulate: micro-batches of one optimizer step, equally weighted.
-    after_step: callable, is given the Training after each step: to log its line (new each 10 steps,
-        at an epoch's end and when something froze), to evaluate, to save a checkpoint (the dict
-        training.notes goes with it), to stop by an exception. In the next step the model is in
-        training mode again.
+    after_step: callable, is given the Training after each step, for one or more of these:
+        log training.line, which is renewed every 10 steps, at an epoch's end and at a freeze;
+        evaluate: in the next step the model is in training mode again;
+        save a checkpoint, with which the dict training.notes goes;
+        stop, by an exception.
     resume: a checkpoint to go on from; on a CPU bit-identical to an uninterrupted run.
     Returns the Training. Raises AFLoRAError at the next line if something was not finite.
     """
@@ -690,19 +704,20 @@ def train(model, batches, loss, *, epochs, accumulate=1, after_step=None, resume
 def steps_left(training, batches, accumulate):
     """Yields the micro-batches of each step that is left in this epoch.
 
-    Of a resumed epoch those before are passed over, under the random state with which it began: a
-    shuffling DataLoader draws its order from that.
+    On resume the epoch's earlier batches are drawn again and passed over, from the random state at
+    its start, so that a shuffling DataLoader gives the same order.
     """
     epoch, done = divmod(training.steps, training.steps_per_epoch)
     now = random_state()
     if done == 0:
         training.epoch_start = now
-        training.sums[0] = 0
-    set_random_state(training.epoch_start)
-    iterator = iter(batches(epoch))
-    for _ in range(done * accumulate):
-        next(iterator, None)
-    if done > 0:
+        training.loss_sum.zero_()
+        iterator = iter(batches(epoch))
+    else:
+        set_random_state(training.epoch_start)
+        iterator = iter(batches(epoch))
+        for _ in range(done * accumulate):
+            next(iterator, None)
         set_random_state(now)
     for _ in range(done, training.steps_per_epoch):
         yield list(itertools.islice(iterator, accumulate))
@@ -723,7 +738,7 @@ def random_state():
 def set_random_state(states):
     """Puts what random_state() gave back, on as many GPUs as there are."""
     torch.set_rng_state(states[0])
-    torch.cuda.set_rng_state_all(states[1:][:torch.cuda.device_count()])
+    torch.cuda.set_rng_state_all(states[1:torch.cuda.device_count() + 1])
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -785,8 +800,8 @@ def load_adapter(model, path):
 
 
 def save_checkpoint(training, path):
-    """Writes what a resumed run needs, in train()'s after_step: what is learned or was frozen since
-    this training began, states of optimizer, scaler, freezer and generators, the place in the data.
+    """Writes what a resumed run needs, in train()'s after_step: the values of all that trained when
+    this Training was made; states of optimizer, scaler, freezer, generators; the place in the data.
     """
     training.read_sums()  # raises where something was not finite: the last checkpoint stays
     with blame("training.notes"):
@@ -862,7 +877,7 @@ def checksum(tensor):
 
 @contextlib.contextmanager
 def blame(what):
-    """Raises any error inside anew, as an AFLoRAError that names `what`."""
+    """Turns any error inside into an AFLoRAError that names `what`."""
     try:
         yield
     except Exception as error:
@@ -904,7 +919,8 @@ def demo(steps=300, t_i=50, t_f=100):
         F.mse_loss(student(x), teacher(x).detach()).backward()
         freezer.update()
         if step % freezer.interval == 0 and freezer.live:
-            print(f"step {step}: r(t) = {float(freezer.scheduled()):.3f}, s = {freezer.scores()}")
+            scores = ", ".join(f"{name} {s:.1e}" for name, s in freezer.scores().items())
+            print(f"step {step}: r(t) = {float(freezer.scheduled()):.3f}, s(t) = {scores}")
         optimizer.step()
         freezer.freeze(optimizer)
         optimizer.zero_grad()

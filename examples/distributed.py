@@ -107,7 +107,7 @@ def train(run, training):
         predicted = run.predict_dev()
         metrics = companion.metrics(predicted, run.dev_set.labels)
         history.append(training.line | metrics)
-        training.sums[0] = 0
+        training.loss_sum.zero_()
         print(companion.EPOCH.format(**history[-1]), flush=True)
     return history
 
