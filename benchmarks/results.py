@@ -55,11 +55,11 @@ METHODS = {  # arm: flags of the companion, learning rates to choose from
     "lora r=8": ("--method lora", (5e-4, 1e-3, 2e-3, 4e-3)),
     "elora r=4": ("--method elora --rank 4", (1e-2, 2e-2, 4e-2, 8e-2)),
     "elora r=1024": ("--method elora", (4e-3, 1e-2, 2e-2, 4e-2)),
-    AFLORA: ("--method aflora", (4e-3, 1e-2, 2e-2, 4e-2)),
+    AFLORA: ("--method aflora --rank 4", (4e-3, 1e-2, 2e-2, 4e-2)),
 }
 RANKS = {  # the same for the preset of that name
     "aflora r=16": ("--method aflora --rank 16", (1e-2, 1.4e-2, 2e-2)),
-    AFLORA: ("--method aflora", (1e-2, 1.4e-2, 2e-2)),
+    AFLORA: ("--method aflora --rank 4", (1e-2, 1.4e-2, 2e-2)),
     "lora r=8": ("--method lora", (1e-3, 2e-3, 4e-3)),
     "aflora r=8": ("--method aflora --rank 8", (1e-2, 1.4e-2, 2e-2)),
 }
@@ -206,7 +206,7 @@ def command_of(task, arm, seed, lr=None):
     rate = lr or chosen_rate(task, arm)
     own = f"--task {task} --preset {recipe_name()} --seed {seed} --lr {rate}"
     if arm == ONE_SHOT:
-        return f"examples/freezenet.py {own}"
+        return f"examples/freezenet.py --rank 4 {own}"
     if arm in QUESTIONS:
         own = f"{QUESTIONS[arm]} {own}"
     if arm in ("head only", "full"):
@@ -348,7 +348,8 @@ def methods_table(task):
             lines.append([name, f"{cells[0]['lr']:g}", trained_on_average(cells), str(len(cells)),
                           spread_of(cells, "accuracy"), f1, spread_of(cells, "best_accuracy"),
                           f"{mean} ± {error}" if error else mean, p])
-            commands += [f"    python {cell['command']}" for cell in cells if cell["seed"] == 0]
+            if cells[0]["seed"] == 0:
+                commands.append(f"    python {command_of(task, arm, 0)}")
     head = ("method", "rate", "trained on average", "seeds", "accuracy", "F1", "best",
             f"against {AFLORA}", f"p, Holm, of {len(corrected)}")
     table(task, head, lines)

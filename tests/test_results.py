@@ -125,7 +125,7 @@ def test_a_cell_says_what_was_run_and_nothing_of_the_machine(cells, folder):
     cell = read("mrpc", AFLORA, 0)
     assert cell["arm"] == AFLORA
     assert cell["lr"] == 1e-2
-    assert cell["command"].startswith("train_glue_small.py --method aflora --task mrpc")
+    assert cell["command"].startswith("train_glue_small.py --method aflora --rank 4 --task mrpc")
     looks = cell["record"]["step"]
     assert set(cell["frozen_at"].values()) <= set(looks)
     assert len(cell["record"]["scores"]) == len(looks) > 0
