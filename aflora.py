@@ -82,7 +82,7 @@ class AFLoRALinear(nn.Module):
 
     def forward(self, x, *args, **kwargs):
         tokens = x.reshape(-1, x.shape[-1])  # (tokens, in): all leading dimensions in one
-        y = self.base(tokens.view(x.shape), *args, **kwargs)  # W0 X, from the memory that A reads
+        y = self.base(tokens.view(x.shape), *args, **kwargs)  # W0 X, from the memory A reads, too
         h = F.linear(tokens, self.lora_A.to(x.dtype)).to(y.dtype)  # A X, (tokens, r)
         # Both vectors are folded into the thin B. The gradient of s_b needs what s_b multiplies: in
         # the order of (1) an activation of tokens x out values, kept for backward; here r x out.
@@ -452,14 +452,14 @@ class Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         groups = parameter_groups(model, lr, head_lr, weight_decay)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
-        self.parameters = [*model.parameters()]  # once: to walk the model takes time
+        self.parameters = [*model.parameters()]  # kept: to walk the model at each step is slow
         self.recorder = GraphRecorder(self.parameters) if graphs else None
         self.learned = learned_names(model)
         self.steps = 0
         self.line = dict(step=0)  # of the log: the last report()
         self.notes = {}  # the caller's own, for JSON: a checkpoint keeps them
         self.epoch_start = random_state()  # the random state at the start of this epoch
-        self.sums = torch.zeros(2, device=self.device)  # to read them waits for the device, once
+        self.sums = torch.zeros(2, device=self.device)  # one: to read it waits for the device
         self.loss_sum = self.sums[0]  # of this epoch
         self.skipped = self.sums[1]  # steps of the run
         self.plan = dict(  # has to be equal on resume
@@ -500,7 +500,8 @@ class Training:
         if self.freezer:
             self.freezer.update(found_inf)
         clip_grads_with_norm_(trained, self.clip, norm)
-        # fp16: skips an overflowed step, which still counts. Else it is made; read_sums() raises
+        # In fp16 an overflowed step is skipped, and still counts. In bf16 and fp32 it is made, and
+        # the next read_sums() raises.
         self.scaler.step(self.optimizer)
         self.scaler.update()
         frozen = self.freezer.freeze(self.optimizer) if self.freezer else []
@@ -688,7 +689,7 @@ def train(model, batches, loss, *, epochs, accumulate=1, after_step=None, resume
     with bar, side_stream(training.device):
         while training.steps < training.total_steps:
             for micro_batches in steps_left(training, batches, accumulate):
-                if not all(module.training for module in modules):  # after_step() evaluated
+                if not all(module.training for module in modules):  # after_step() has evaluated
                     model.train()
                 frozen = training.step(micro_batches)
                 bar.update()

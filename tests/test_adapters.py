@@ -334,7 +334,8 @@ def without_weight():
 @pytest.mark.parametrize("base, word", [
     (weight_norm(nn.Linear(4, 4)), "1 cannot be merged: .*plain weight"),
     (without_weight(), "1 cannot be merged: its Identity"),
-    (holding(torch.full((4, 4), 65504.0).half()), "1 cannot be merged: .*not finite in torch.float16, use float32"),
+    (holding(torch.full((4, 4), 65504.0).half()),
+     "1 cannot be merged: .*not finite in torch.float16, use float32"),
     (holding(torch.ones(4, 4, dtype=torch.int8)), "1 cannot be merged: .*plain weight"),
     (holding(torch.ones(4, 1)), "1 cannot be merged: .*plain weight"),
     (holding(torch.ones(4, 4).to(torch.float8_e4m3fn)), "1 cannot be merged: .*plain weight"),
