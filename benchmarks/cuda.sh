@@ -6,7 +6,7 @@
 #
 # Each part has a time limit and a log of its own under results/cuda; what was done when a part was
 # cut off stays. The times of the full jobs are those from the command to the result. Texts and
-# weights are those of train_glue_small.py: fetched, or in $AFLORA_DATA and $AFLORA_CACHE.
+# weights are those of train_glue_small.py: fetched, or in $AFLORA_DATA and $AFLORA_MODEL.
 set -u
 cd "$(dirname "$0")/.."
 out=results/cuda

