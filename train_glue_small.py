@@ -293,6 +293,18 @@ def trainable(module):
 
 
 # ------------------------------------------------------------------------------------------ the run
+def run_folder(name, args):
+    """The folder of a task's run. AFLoRAError where a stopped run lies in that of a new one."""
+    if args.resume:
+        return Path(args.resume)
+    folder = Path(args.out or "runs")
+    if args.task == "both" or not args.out:
+        folder = folder / f"{name}-{args.method}-s{args.seed}"
+    if (folder / "checkpoint.pt").exists():
+        raise AFLoRAError(f"{folder}/checkpoint.pt is of a stopped run: --resume it, or remove it")
+    return folder
+
+
 class Run:
     """One run, as its flags say: what it needs, and what happens beside its steps."""
 
@@ -303,12 +315,7 @@ class Run:
         self.device = device
         self.precision = precision
         self.preset, self.recipe = choose_recipe(name, args, device)
-        # --out is the run's folder; for two tasks, and by default, the parent of both
-        self.out = Path(args.out or "runs")
-        if args.task == "both" or not args.out:
-            self.out = self.out / f"{name}-{args.method}-s{args.seed}"
-        if args.resume:
-            self.out = Path(args.resume)
+        self.out = run_folder(name, args)
         self.signals = []  # that were caught
         self.started = False  # the first step is done: the folder is this run's
         if device.type == "cuda":
@@ -379,7 +386,9 @@ class Run:
 
     def train(self):
         """Trains to the end, or to a signal, and reports."""
-        self.check_folder()
+        if self.args.resume:
+            with blame(self.out):  # start() kept them beside the flags, parse() read them back
+                aflora.expect_equal(self.args.checksums, self.checksums)
         handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         self.clock = time.perf_counter()  # started anew by each step: evaluation does not count
         try:
@@ -403,16 +412,6 @@ class Run:
         if self.signals:  # one came behind the last step
             raise KeyboardInterrupt
         self.report(training)
-
-    def check_folder(self):
-        """Raises AFLoRAError, with nothing touched, if this run cannot start, or go on, there."""
-        checkpoint = self.out / "checkpoint.pt"
-        if self.args.resume:
-            with blame(checkpoint):
-                # start() kept them beside the flags, and parse() read them back
-                aflora.expect_equal(self.args.checksums, self.checksums)
-        elif checkpoint.exists():
-            raise AFLoRAError(f"{checkpoint} is of a stopped run: --resume it, or remove it")
 
     def batches(self, epoch):
         """The batches of an epoch."""
@@ -490,7 +489,7 @@ class Run:
         """The fields of result.json."""
         log = training.notes["log"]
         seconds = training.notes["seconds"]
-        history = [{key: line[key] for key in REPORTED} for line in log if "accuracy" in line]
+        history = [line for line in log if "accuracy" in line]  # of each epoch's end
         last = history[-1]
         best = max(history, key=lambda epoch: epoch["accuracy"])
         pairs = self.name == "mrpc"  # SST-2 is scored by accuracy alone
@@ -539,7 +538,6 @@ class Run:
               "predictions")
 
 
-REPORTED = ("epoch", "step", "loss", "accuracy", "f1")  # of an epoch's end
 EPOCH = "epoch {epoch}  step {step}  loss {loss:.4f}  accuracy {accuracy:.2f}  f1 {f1:.2f}"
 SCORES = dict(sst2="accuracy {accuracy:.2f}", mrpc="accuracy {accuracy:.2f}, F1 {f1:.2f}")
 REPORT = """
@@ -664,6 +662,8 @@ def main(argv=None):
             print(note)
         print(*versions, f"device {device}", f"{threads} threads", f"precision {precision}",
               f"seed {args.seed}", sep=", ")
+        for name in tasks:
+            run_folder(name, args)  # is refused now, not when the task before has been trained
         for name, task in tasks.items():
             Run(name, args, task, device, precision).train()
         for note in notes:  # once more, below the results

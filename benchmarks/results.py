@@ -244,6 +244,8 @@ def run(task, arm, seed, lr=None):
     # Times and memory say nothing where two runs share the cores; paths are this machine's.
     for key in ("seconds", "ms_per_step", "peak_memory_bytes", "data"):
         result.pop(key, None)
+    for line in result["history"]:
+        line.pop("seconds")
     result["weights"] = Path(result["weights"]).name
     result["arm"] = arm
     result["command"] = command

@@ -100,7 +100,7 @@ def content_of(folder):
               for name, value in adapter.pop("values").items()}
     log = log_of(folder)
     result = result_of(folder)
-    for record in (*log, result):
+    for record in (*log, *result["history"], result):
         for key in MEASURED:
             record.pop(key, None)
     return {"values": values, "adapter": adapter, "log": log, "result": result,

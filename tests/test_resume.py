@@ -354,6 +354,16 @@ def test_a_stopped_run_is_not_overwritten(stopped, capsys):
     assert contents(stopped / "out") == before
 
 
+def test_a_stopped_second_task_is_noticed_before_the_first(folder, capsys):
+    """Of two tasks, MRPC was stopped: SST-2 does not train, for minutes, to be refused then."""
+    checkpoint = folder / "out/mrpc-aflora-s0/checkpoint.pt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    assert run_main(folder, RUN, task="both") == 2
+    assert str(checkpoint) in capsys.readouterr().err
+    assert not (folder / "out/sst2-aflora-s0").exists()
+
+
 @pytest.mark.parametrize("flags, message", [
     ("--seed 1", "seed is 0 there, 1 here"),
     ("--task mrpc", "task is sst2 there, mrpc here"),
