@@ -342,7 +342,7 @@ def methods_table(task):
     """Every method on one task, and what makes the adapters of seed 0."""
     corrected = corrected_p_values(rows_of_methods())
     lines = []
-    commands = []
+    commands = {}  # each once: an arm may have two rows
     for name, arm, seeds in rows_of_methods():
         cells = load(task, arm, seeds)
         if cells:
@@ -351,13 +351,12 @@ def methods_table(task):
             lines.append([name, f"{cells[0]['lr']:g}", trained_on_average(cells), str(len(cells)),
                           spread_of(cells, "accuracy"), f1, spread_of(cells, "best_accuracy"),
                           f"{mean} ± {error}" if error else mean, p])
-            if cells[0]["seed"] == 0:
-                commands.append(f"    python {command_of(task, arm, 0)}")
+            commands[arm] = f"    python {command_of(task, arm, 0)}"
     head = ("method", "rate", "trained on average", "seeds", "accuracy", "F1", "best",
             f"against {AFLORA}", f"p, Holm, of {len(corrected)}")
     table(task, head, lines)
     if commands:
-        print("\nThe commands of seed 0:\n", *commands, sep="\n")
+        print("\nThe commands of seed 0:\n", *commands.values(), sep="\n")
 
 
 def search_table(task):

@@ -145,7 +145,8 @@ def test_train_matrices(folder, groups, count):
                                 "head_lr": 2e-3, "t_i": 0.1, "t_f": 0.4, "rank": 4}),
     ("mrpc", "--preset quick", {"limit": None, "epochs": 2, "batch_size": 16, "lr": 1e-2,
                                 "rank": 16}),
-    ("mrpc", "--preset full", {"epochs": 8, "batch_size": 32, "t_i": 0.125, "t_f": 0.7}),
+    ("mrpc", "--preset full", {"epochs": 8, "batch_size": 32, "t_i": 0.125, "t_f": 0.7,
+                               "lr": 1e-2, "rank": 4}),
     ("sst2", "--method lora", {"lr": 1e-3, "head_lr": 2e-3, "rank": 8}),  # the method's rate
     ("sst2", "--preset quick --method lora --lr 5e-4 --epochs 1 --t-f 0.2",  # LoRA has no t_f
      {"lr": 5e-4, "epochs": 1, "t_f": None, "batch_size": 32}),
