@@ -67,6 +67,8 @@ class AFLoRALinear(nn.Module):
     def __init__(self, base, rank=4, seed=0, name=""):
         super().__init__()
         self.base = base
+        self.in_features = base.in_features
+        self.out_features = base.out_features
         self.key = f"{seed}/{name}"
         device = next(itertools.chain(base.parameters(), base.buffers()), torch.empty(0)).device
         A = kaiming_uniform(f"{self.key}/lora_A", (rank, base.in_features)).to(device)
@@ -119,9 +121,9 @@ def add_adapters(model, targets, rank=4, train_matrices="all", modules_to_save=(
     if adapters_of(model):
         raise AFLoRAError("this model has adapters already: add all in one call")
     modules = dict(model.named_modules())
-    linears = [name for name, module in modules.items() if hasattr(module, "in_features")]
+    linears = [n for n, module in modules.items() if n and getattr(module, "in_features", 0)]
     names = find(targets, linears)
-    saved = find(modules_to_save, modules)
+    saved = find(modules_to_save or (), modules)
     trained = names if train_matrices == "all" else find(train_matrices, names)
     rank = whole("rank", rank, 1, 2**14)
     seed = whole("seed", seed)
@@ -151,8 +153,8 @@ def find(targets, names):
         hits = [target] if target in names else [n for n in names if n.endswith(f".{target}")]
         if not hits:
             there = ", ".join(sorted({name.rpartition(".")[2] for name in names if name}))
-            raise AFLoRAError(f"{target!r} selects nothing; there are: {there} (what has no "
-                              "in_features, like GPT-2's Conv1D in transformers, is not supported)")
+            raise AFLoRAError(f"{target!r} selects nothing; there are: {there} (a target needs "
+                              "in_features, which GPT-2's Conv1D in transformers lacks)")
         found.update(hits)
     return [name for name in names if name in found]
 
@@ -302,12 +304,16 @@ class AdaptiveFreezer:
         if not self.live:
             return
         for name, p in self.live.items():
-            if p.grad is None or p.dtype.itemsize < 4:
-                raise AFLoRAError(f"{name} needs a gradient, from backward(), in float32: cast a "
-                                  "model before add_adapters(), not after it")
+            if p.dtype.itemsize < 4:
+                raise AFLoRAError(f"{name} has {p.dtype}: cast before add_adapters(), not after it")
+        if self.step == 1 and all(p.grad is None for p in self.live.values()):
+            raise AFLoRAError("no A or B has a gradient: call update() between backward() and "
+                              "zero_grad()")
+        # Where a batch did not reach a layer, as layerdrop and experts do, its gradient is 0
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.live.values()]
         # All live matrices end to end in one tensor: few kernels
         weight = torch.cat([p.flatten() for p in self.live.values()])
-        grad = torch.cat([p.grad.flatten() for p in self.live.values()])
+        grad = torch.cat([g.flatten() for g in grads])
         if found_inf is None:
             found_inf = ~grad.isfinite().all()
         # (2)  I(t) = |w * grad L|, or as `kind` says
@@ -351,6 +357,9 @@ class AdaptiveFreezer:
         self.check_optimizer(optimizer)
         scores = self.scores()
         names = sorted(scores, key=scores.get)[:due]  # of equal scores the first in the model
+        if scores[names[0]] == 0:
+            warnings.warn(f"{names[0]} freezes before a gradient has reached it: if its weight is "
+                          "used without calling the module, leave that out of targets")
         for name in names:
             matrix = self.live.pop(name)
             # Frozen for good. It keeps its place in param_groups, so that a checkpoint still fits
@@ -395,15 +404,16 @@ class AdaptiveFreezer:
         return dict(plan=plan, state=state)
 
     def load_state_dict(self, content):
-        """Takes up a state_dict() in a new freezer. Raises AFLoRAError if it is of another run."""
+        """Takes up a state_dict(). Raises AFLoRAError if it is of another run."""
         expect_equal(content["plan"], self.state_dict()["plan"])
         state = content["state"]
         self.step = state["step"]
         self.Ibar = state["Ibar"]
         self.Ubar = state["Ubar"]
         self.frozen_at = dict(state["frozen_at"])
-        for name in self.frozen_at:
-            self.live.pop(name).requires_grad_(False)
+        self.live = {name: p for name, p in self.matrices.items() if name not in self.frozen_at}
+        for name, p in self.matrices.items():
+            p.requires_grad_(name in self.live)
 
 
 # -------------------------------------------------------------------------------- the training loop
@@ -505,6 +515,8 @@ class Training:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         frozen = self.freezer.freeze(self.optimizer) if self.freezer else []
+        if frozen and self.recorder and not self.freezer.live:
+            self.recorder.forget()  # they would go on to make the gradients of A and B
         self.optimizer.zero_grad(set_to_none=not self.recorder)
         self.skipped += found_inf
         self.steps += 1
@@ -575,12 +587,12 @@ def check_same_model(model):
 
 
 def check_gradients(model):
-    """Raises AFLoRAError where the first step gave an adapter no gradient."""
-    for name, layer in adapters_of(model).items():
-        if layer.s_b.requires_grad and layer.s_b.grad is None:
-            raise AFLoRAError(
-                f"no gradient reached {name}: if its weight is used without calling it, leave it "
-                "out of targets; if activations are recomputed, pass use_reentrant=False")
+    """Raises AFLoRAError where the first step gave no adapter a gradient."""
+    vectors = [m.s_b for m in adapters_of(model).values() if m.s_b.requires_grad]
+    if vectors and all(s_b.grad is None for s_b in vectors):
+        raise AFLoRAError("no gradient reached any adapter: if weights are used without calling "
+                          "their modules, leave those out of targets; if activations are "
+                          "recomputed, pass use_reentrant=False")
 
 
 class GraphRecorder:
@@ -592,9 +604,11 @@ class GraphRecorder:
     - gradients are zeroed, never dropped: a replay adds to them where they lay;
     - the first two batches of a shape run as they are, while libraries set themselves up, and a
       rare shape is not worth a recording; the third is recorded;
-    - all recordings are forgotten as soon as a gradient or a weight is not where it was, above all
-      when a matrix freezes, since its gradient's memory is given up. That batch runs without a
-      graph; from the next one on each shape is recorded anew.
+    - all recordings are forgotten where a gradient or a weight is not where it was. That batch runs
+      without a graph; from the next one on each shape is recorded anew;
+    - when a matrix freezes they stay right: each holds the gradients it adds to, so one that nobody
+      reads any more is still made. Behind the last freeze, see Training.step, all are forgotten,
+      and the new ones make no such gradient.
     All share one pool of memory, about as large as the largest shape needs. Python inside the loss
     runs at the recording alone: a number that it makes anew for each batch would stay as it was.
     """
@@ -602,15 +616,17 @@ class GraphRecorder:
     def __init__(self, parameters):
         self.parameters = parameters
         self.seen = Counter()  # batches of each shape
-        self.places = None  # of weights and gradients
-        self.recorded = {}  # shape: (the inputs it reads, graph)
+        self.forget()
+
+    def forget(self):
+        self.places = set()  # of weights and gradients
+        self.recorded = {}  # shape: (the inputs it reads, graph, the gradients it adds to)
         self.pool = None
 
     def run(self, forward_backward, batch, count):
-        moved = places(self.parameters) != self.places
+        moved = not places(self.parameters) <= self.places
         if moved:
-            self.recorded = {}
-            self.pool = None
+            self.forget()
         shape = repr((count, tree_map_only(torch.Tensor, lambda x: (x.shape, x.dtype), batch)))
         self.seen[shape] += 1
         if shape not in self.recorded:
@@ -621,8 +637,8 @@ class GraphRecorder:
             inputs = tree_map_only(torch.Tensor, torch.clone, batch)
             graph = record(self.pool, forward_backward, inputs, count)
             self.pool = graph.pool()
-            self.recorded[shape] = (inputs, graph)
-        inputs, graph = self.recorded[shape]
+            self.recorded[shape] = (inputs, graph, [p.grad for p in self.parameters])
+        inputs, graph, _ = self.recorded[shape]
         for place, value in zip(tree_leaves(inputs), tree_leaves(batch)):
             if isinstance(place, torch.Tensor):
                 place.copy_(value)
@@ -630,9 +646,10 @@ class GraphRecorder:
 
 
 def places(parameters):
-    """Of each: where it lies, where its gradient lies, if it has one, and whether it trains."""
-    gradients = [0 if p.grad is None else p.grad.data_ptr() for p in parameters]
-    return [(p.data_ptr(), g, p.requires_grad) for p, g in zip(parameters, gradients)]
+    """A set: where each one lies, and where the gradient lies of each that trains."""
+    weights = {(i, p.data_ptr()) for i, p in enumerate(parameters)}
+    trained = [(i, p.grad) for i, p in enumerate(parameters) if p.requires_grad]
+    return weights | {(i, "gradient", 0 if g is None else g.data_ptr()) for i, g in trained}
 
 
 def record(pool, work, *inputs):
@@ -665,7 +682,8 @@ def train(model, batches, loss, *, epochs, accumulate=1, after_step=None, resume
     """Trains for some epochs by Training.step; `settings` are Training's: lr, freezer and so on.
 
     batches: callable, epoch -> a list, DataLoader or the like of batches: tensors in tuples, lists
-        or dicts; as many in each epoch (batches(0) is asked for its length before).
+        or dicts; as many in each epoch (batches(0) is asked for its length before). To be resumed,
+        their order may depend on the epoch and on torch's global generators, on nothing else.
     accumulate: micro-batches of one optimizer step, equally weighted.
     after_step: callable, is given the Training after each step, for one or more of these:
         log training.line, which is renewed every 10 steps, at an epoch's end and at a freeze;
@@ -744,9 +762,19 @@ def set_random_state(states):
 
 # -------------------------------------------------------------------------------------------- files
 def learned_names(model):
-    """Names of all that requires a gradient, and of all buffers, since statistics move, too."""
-    return [name for name, value in model.state_dict(keep_vars=True).items()
-            if not isinstance(value, nn.Parameter) or value.requires_grad]
+    """Names of all that requires a gradient, and of all buffers, since statistics move, too.
+
+    What a quantised base has beside its weight is left out: a float base can load the file, too.
+    """
+    integer = torch.tensor(0)
+    quantised = tuple(f"{name}.base." for name, layer in adapters_of(model).items()
+                      if not getattr(layer.base, "weight", integer).is_floating_point())
+    names = []
+    for name, value in model.state_dict(keep_vars=True).items():
+        is_parameter = isinstance(value, nn.Parameter)
+        if value.requires_grad if is_parameter else not name.startswith(quantised):
+            names.append(name)
+    return names
 
 
 def set_values(model, values, needed):

@@ -105,10 +105,11 @@ def test_the_base_is_called_as_it_is():
 
 
 def test_adapters_are_like_their_base():
-    """They are in its mode, and offer its weight and bias to a model that asks for their types."""
-    layers = add_adapters(tiny.Net().eval(), ["up"])
+    """They are in its mode, and offer its sizes, weight and bias to a model that asks for them."""
+    layers = add_adapters(tiny.Net().eval(), ["up"], modules_to_save=None)
     layer = layers["blocks.0.up"]
     assert not layer.training
+    assert (layer.out_features, layer.in_features) == layer.weight.shape
     assert layer.weight is layer.base.weight
     assert layer.bias is layer.base.bias
 
@@ -171,6 +172,16 @@ def test_wrong_arguments_are_named_and_change_nothing(options, words):
     assert not adapters_of(model)
     assert all(p.requires_grad for p in model.parameters())
     assert not hasattr(model, "adapter_config")
+
+
+@pytest.mark.parametrize("model, target", [
+    (nn.Linear(4, 4), ""),  # the model itself: nothing holds it in which an adapter could stand
+    (nn.Sequential(nn.LazyLinear(4)), "0"),  # it does not know its in_features yet
+])
+def test_modules_that_cannot_be_replaced_are_no_targets(model, target):
+    with pytest.raises(AFLoRAError, match="selects nothing"):
+        add_adapters(model, [target])
+    assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("targets, saved", [("head", "head"), ("up", "blocks")])

@@ -61,6 +61,62 @@ def test_statistics_and_other_buffers_are_saved(tmp_path):
     assert torch.equal(plain.eval()(x), model.eval()(x))
 
 
+def test_what_moves_in_a_base_is_saved(tmp_path):
+    """The vectors of spectral normalisation do, in training mode, while its weight rests."""
+    def make_model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)),
+                             nn.Tanh(), nn.Linear(8, 2))
+
+    model = make_model()
+    add_adapters(model, ["0"], modules_to_save=["2"])
+    train(model, lambda epoch: tiny.data(), tiny.loss_of, epochs=2, lr=1e-2)
+    save_adapter(model, tmp_path / "a.pt")
+    plain = make_model()
+    load_adapter(plain, tmp_path / "a.pt")
+    x = torch.randn(9, 8)
+    assert torch.equal(plain.eval()(x), model.eval()(x))
+
+
+class Int8Linear(nn.Linear):
+    """A linear module as quantised ones are: whole numbers, and a scale in a buffer."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        scale = linear.weight.detach().abs().max() / 127
+        self.register_buffer("scale", scale)
+        weight = (linear.weight.detach() / scale).round().to(torch.int8)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return F.linear(x, self.weight * self.scale, self.bias)
+
+
+def test_what_a_quantised_base_learned_goes_into_a_plain_one(tmp_path):
+    """Trained on 8 bits, merged in float32: the file has nothing of how the base was quantised."""
+    def make_model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+
+    model = make_model()
+    model[0] = Int8Linear(model[0])
+    layers = add_adapters(model, ["0"], modules_to_save=["2"])
+    model[0].base.bias.requires_grad_(True)  # what trains is in the file in any case
+    train(model, lambda epoch: tiny.data(), tiny.loss_of, epochs=2, lr=1e-2)
+    save_adapter(model, tmp_path / "a.pt")
+    names = {f"0.{name}" for name in ("lora_A", "lora_B", "s_d", "s_b", "base.bias")}
+    values = torch.load(tmp_path / "a.pt", weights_only=True)["values"]
+    assert values.keys() == names | {"2.weight", "2.bias"}
+    plain = make_model()
+    load_adapter(plain, tmp_path / "a.pt")
+    assert torch.equal(plain[0].delta_weight(), layers["0"].delta_weight())
+    assert torch.equal(plain[0].base.bias, model[0].base.bias)
+    aflora.merge_adapters(plain)
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(plain(x), model(x), atol=0.05, rtol=0)
+
+
 def test_what_else_trains_is_saved(tmp_path):
     """Parameters that the user unfroze behind add_adapters() go into the file like the head."""
     model, _ = tiny.adapted()

@@ -92,14 +92,67 @@ def test_a_gradient_that_is_not_finite_leaves_the_scores():
     assert not torch.equal(tiny.live(freezer, freezer.Ibar), Ibar)
 
 
-def test_a_live_matrix_without_a_gradient_is_named():
-    """It would freeze as the least important one, though it was only left out of the loss."""
+def test_a_matrix_that_a_batch_does_not_reach_has_a_gradient_of_zero():
+    """Layerdrop and experts leave layers out at times: its score is as with zeros, and AdamW, which
+    would move it by momentum for zeros, still sees no gradient."""
+    with_none, with_zeros = [AdaptiveFreezer(tiny.adapted()[1], 200, 10, 20) for _ in range(2)]
+    for step in range(4):
+        for freezer in (with_none, with_zeros):
+            gradients(freezer, seed=step)
+            matrix = freezer.matrices["blocks.0.up.lora_A"]
+            if step % 2:
+                matrix.grad = None if freezer is with_none else torch.zeros_like(matrix)
+            freezer.update()
+        assert with_none.scores() == with_zeros.scores()
+    assert with_none.matrices["blocks.0.up.lora_A"].grad is None
+
+
+def test_gradients_that_are_all_missing_are_refused():
+    """update() before backward(), or behind zero_grad(): all scores would fall."""
     _, layers = tiny.adapted()
     freezer = AdaptiveFreezer(layers, 200, 10, 20)
-    gradients(freezer)
-    layers["blocks.0.up"].lora_A.grad = None
-    with pytest.raises(AFLoRAError, match="blocks.0.up.lora_A"):
+    with pytest.raises(AFLoRAError, match=r"update\(\) between backward\(\) and zero_grad\(\)"):
         freezer.update()
+
+
+def test_a_matrix_that_no_gradient_ever_reached_is_named_when_it_freezes():
+    """It is the least important one, or its weight is used without calling it: look."""
+    model, layers = tiny.adapted()
+    freezer = AdaptiveFreezer(layers, 100, 0, 0, interval=3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in range(3):
+        gradients(freezer, seed=step)
+        layers["blocks.0.up"].lora_A.grad = None
+        freezer.update()
+    with pytest.warns(UserWarning, match="blocks.0.up.lora_A freezes before a grad"):
+        assert freezer.freeze(optimizer) == ["blocks.0.up.lora_A"]
+
+
+def test_a_state_is_taken_up_by_a_freezer_that_has_frozen_since():
+    """Rolled back to an earlier step: what froze in between trains again, and all goes as before."""
+    def steps(freezer, optimizer, first, last):
+        for step in range(first, last):
+            gradients(freezer, seed=step)
+            freezer.update()
+            freezer.freeze(optimizer)
+
+    model, layers = tiny.adapted()
+    freezer = AdaptiveFreezer(layers, 100, 0, 20, interval=5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    steps(freezer, optimizer, 0, 12)
+    state = copy.deepcopy(freezer.state_dict())
+    at_12 = dict(freezer.frozen_at)
+    steps(freezer, optimizer, 12, 100)
+    whole = dict(freezer.frozen_at)
+    average = freezer.average_trainable()
+    assert 0 < len(at_12) < len(whole)
+    freezer.load_state_dict(state)
+    assert freezer.frozen_at == at_12
+    for name, matrix in freezer.matrices.items():
+        assert matrix.requires_grad == (name in freezer.live) == (name not in at_12)
+    steps(freezer, optimizer, 12, 100)
+    assert freezer.frozen_at == whole
+    assert freezer.average_trainable() == average
 
 
 @pytest.mark.parametrize("kind", ["gradient-weight", "gradient", "weight"])

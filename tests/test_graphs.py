@@ -34,19 +34,25 @@ def tape(monkeypatch):
             self.call = functools.partial(forward_backward, batch, count)
             self.parameters = forward_backward.__self__.parameters
             self.places = self.now()
+            # Where they lie nobody else's memory may come to lie: the recorder has to hold them
+            self.gradients = [weakref.ref(p.grad) for p in self.parameters if p.requires_grad]
             x, *_ = batch.values() if isinstance(batch, dict) else batch
             events.append((tuple(x.shape), count))
 
         def now(self):
             """Where a replay reads weights, and adds to gradients: what trains has to have one."""
             assert all(p.grad is not None for p in self.parameters if p.requires_grad)
-            return [(p.data_ptr(), p.requires_grad and p.grad.data_ptr()) for p in self.parameters]
+            return [(p.data_ptr(), p.grad.data_ptr() if p.requires_grad else None)
+                    for p in self.parameters]
 
         def pool(self):
             return None
 
         def replay(self):
-            assert self.now() == self.places
+            for (weight, gradient), (then, before) in zip(self.now(), self.places, strict=True):
+                assert weight == then
+                assert gradient in (before, None)  # None: it has frozen since
+            assert all(gradient() is not None for gradient in self.gradients)
             events.append("replay")
             self.call()
 
@@ -173,21 +179,44 @@ def test_gradients_stay_where_they_are(tape):
             assert not p.grad.any()
 
 
-def test_what_froze_is_forgotten(tape):
-    """After a step that froze something one batch runs as it is; then shapes are recorded anew."""
+def test_recordings_outlive_a_freeze_but_not_the_last(tape):
+    """They go on to make gradients that nobody reads, held for that. When all is frozen one batch
+    runs as it is; then shapes are recorded anew, without these gradients."""
     model, layers = tiny.adapted()
-    freezer = AdaptiveFreezer(layers, 100, 0, 20)
+    freezer = AdaptiveFreezer(layers, 100, 0, 60)
     training = Training(
         model, tiny.loss_of, total_steps=100, lr=1e-2, freezer=freezer, graphs=True)
     batch = tiny.data()[0]
     recorded_in = []
-    for step in range(1, 31):
+    froze_in = []
+    for step in range(1, 61):
         before = len(tape)
-        frozen = training.step([batch])
+        froze_in += [step] if training.step([batch]) else []
         recorded_in += [step for event in tape[before:] if event != "replay"]
-        assert bool(frozen) == (step in (10, 20, 30))
-    assert recorded_in == [3, 12, 22]
-    assert tape.count("replay") == 26
+    assert froze_in == [10, 20, 30, 40]
+    assert recorded_in == [3, 42]
+    assert tape.count("replay") == 60 - 3
+    (_, _, gradients), = training.recorder.recorded.values()
+    assert [g is None for g in gradients] == [not p.requires_grad for p in training.parameters]
+
+
+def test_what_trains_again_is_recorded_anew(tape):
+    """A recording from when it was frozen makes no gradient for it."""
+    model, layers = tiny.adapted()
+    training = Training(model, tiny.loss_of, total_steps=20, lr=1e-2, graphs=True)
+    batch = tiny.data()[0]
+    for _ in range(4):
+        training.step([batch])
+    matrix = next(iter(layers.values())).lora_A
+    for trains in (False, True):
+        matrix.requires_grad_(trains)
+        matrix.grad = None
+        before = matrix.clone()
+        for _ in range(3):
+            training.step([batch])
+        assert torch.equal(matrix, before) == (not trains)
+    recordings = [number for number, event in enumerate(tape) if event != "replay"]
+    assert recordings == [0, 6]  # the second behind two and then three replays
 
 
 @pytest.mark.parametrize("every", [1, 2, 5])
@@ -254,7 +283,7 @@ def test_recordings_end_with_the_training(monkeypatch):
     monkeypatch.setattr(aflora, "record", lambda pool, work, *inputs: Graph())
     model, _ = tiny.adapted()
     training = train(model, lambda epoch: tiny.data(), tiny.loss_of, epochs=1, lr=1e-2, graphs=True)
-    alive = [weakref.ref(graph) for _, graph in training.recorder.recorded.values()]
+    alive = [weakref.ref(graph) for _, graph, _ in training.recorder.recorded.values()]
     assert alive
     gc.disable()
     try:
@@ -289,7 +318,7 @@ def test_only_so_many_shapes_are_recorded(tape, monkeypatch):
     eager = eager_run()
     assert_same(trained(True, two_shapes()), eager)
     recordings = [event for event in tape if event != "replay"]
-    assert len({shape for shape, _ in recordings}) == 2  # after a freeze the other came first
+    assert [shape for shape, _ in recordings] == [(16, 8), (16, 8)]  # anew behind the last freeze
     monkeypatch.setattr(aflora, "MOST_GRAPHS", 0)
     tape.clear()
     assert_same(trained(True, two_shapes()), eager)

@@ -1,6 +1,7 @@
 """What goes wrong in other people's models and trainers is refused at once, with what to do."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -99,12 +100,42 @@ class Reentrant(Bypass):
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("kind", [Bypass, Reentrant])
-def test_an_adapter_that_no_gradient_reaches_is_named(kind):
-    """It would stay at its start for the whole run. Said at once, also without freezer."""
+def test_adapters_that_no_gradient_reaches_are_refused(kind):
+    """All would stay at their start for the whole run. Said at once, also without freezer."""
     model = kind()
     add_adapters(model, ["up"], modules_to_save=["head"])
-    with pytest.raises(AFLoRAError, match="no gradient reached up: .*use_reentrant=False"):
+    with pytest.raises(AFLoRAError, match="no gradient reached any .*use_reentrant=False"):
         train(model, lambda epoch: tiny.data(), tiny.loss_of, epochs=1, lr=1e-2)
+
+
+class LayerDrop(nn.Module):
+    """Leaves a layer out of every other batch, as layerdrop and experts do by chance."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.head = nn.Linear(8, 2)
+        self.calls = 0
+
+    def forward(self, x):
+        left_out = self.layers[self.calls % 2]
+        self.calls += 1
+        for layer in self.layers:
+            if layer is not left_out:
+                x = x + torch.tanh(layer(x))
+        return self.head(x)
+
+
+def test_layers_may_be_left_out_at_times():
+    """They have no gradient in that step, the first one among them; all train, and freeze."""
+    model = LayerDrop()
+    layers = add_adapters(model, ["0", "1"], modules_to_save=["head"])
+    freezer = AdaptiveFreezer(layers, 10 * len(tiny.data()), 4, 4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".* gradient")
+        train(model, lambda epoch: tiny.data(), tiny.loss_of, epochs=10, lr=1e-2, freezer=freezer)
+    assert len(freezer.frozen_at) == 4
+    assert all(layer.s_b.any() for layer in layers.values())
 
 
 def test_modules_to_save_may_be_left_out_of_the_loss():
