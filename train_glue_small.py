@@ -607,7 +607,7 @@ def make_parser():
     flag("--model", help="folder: config.json, vocab.txt, weights; %(default)s: MiniLM-L6-H384")
     flag("--data", default=os.environ.get("AFLORA_DATA"), help="folder of texts; else fetched")
     flag("--out", help="folder of the run; %(default)s: runs/TASK-METHOD-sSEED")
-    flag("--checkpoint-every", default=100, type=int, help="steps; besides one after each epoch")
+    flag("--checkpoint-every", default=500, type=int, help="steps; besides each epoch's end")
     flag("--resume", metavar="FOLDER", help="of a stopped run: goes on, with the flags it had")
     of_recipe = [
         ("rank", int, "r of the adapters"),

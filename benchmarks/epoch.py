@@ -41,7 +41,7 @@ from data.text import WordPieceTokenizer, load_task  # noqa: E402
 SIZE = 32
 WARM_UP = 2 * SIZE  # rows
 WHOLE = None if step.CUDA else 2000  # rows; None: all
-PADDED = 16_000 if step.CUDA else 160  # rows
+PADDED = 4000 if step.CUDA else 160  # rows
 PRECISION = companion.choose_precision("auto", step.DEVICE)
 
 
@@ -80,7 +80,8 @@ class Theirs:
         targets = ["query", "key", "value", "attention.output.dense", "intermediate.dense",
                    "output.dense"]
         model = peft.get_peft_model(
-            transformers.BertForSequenceClassification.from_pretrained(folder, num_labels=2),
+            transformers.BertForSequenceClassification.from_pretrained(
+                folder, num_labels=2, dtype=torch.float32),
             peft.LoraConfig(task_type="SEQ_CLS", r=8, target_modules=targets))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         steps = math.ceil(len(rows) / SIZE)

@@ -18,7 +18,8 @@ keeps for the backward pass, each storage once, parameters left out, and what of
 forward keeps. On CUDA some arms run once more with forward and backward recorded as a CUDA graph;
 their ratios are to recorded arms. Busy: what all kernels of a step take, from the profiler. It can
 leave launches slower: it comes last, and a condition of its own process is measured best.
-Writes results/step-DEVICE.json; a condition measured anew replaces the old one.
+Writes results/step-DEVICE.json, the times as soon as they are there; a condition measured anew
+replaces the old one.
 """
 
 import argparse
@@ -386,11 +387,13 @@ def add_times(found, times):
                 values[f"to_{other}"] = statistics.median(one[name] / one[twin] for one in times)
 
 
-def measure(shape, size, length, precision, rounds):
-    """All ARMS in one condition, as a dict for the file."""
+def measure(title, shape, size, length, precision, rounds):
+    """All ARMS in one condition, as a dict for the file, which gets the times at once."""
     batch = make_batch(size, length)
     with aflora.side_stream(DEVICE):
         arms, found = compare(ARMS, shape, batch, precision, rounds)
+        result = {"rounds": rounds, "machine": machine(), "arms": found}
+        write_results("step", {title: result})
         if CUDA:
             torch.cuda.set_sync_debug_mode("error")  # raises if the host waits inside a step
             arms["aflora start"].step()
@@ -404,8 +407,7 @@ def measure(shape, size, length, precision, rounds):
             for name, arm in arms.items():
                 found[name]["kernels"], found[name]["busy_ms"] = busy(arm)
     ratio = found["aflora frozen"]["saved_by_adapters"] / found["naive frozen"]["saved_by_adapters"]
-    return {"rounds": rounds, "machine": machine(), "arms": found, "freezer": freezer,
-            "saved_to_naive": ratio, "no_wait": CUDA or None}
+    return result | {"freezer": freezer, "saved_to_naive": ratio, "no_wait": CUDA or None}
 
 
 def linear_flops():
@@ -495,7 +497,7 @@ def main():
         for rows, length in args.size:
             for precision in args.precision:
                 title = f"{shape} {rows}x{length} {precision}"
-                result = measure(shape, rows, length, precision, args.rounds)
+                result = measure(title, shape, rows, length, precision, args.rounds)
                 show(title, result)
                 write_results("step", {title: result})
                 gc.collect()  # the arms, before the next ones are made

@@ -32,7 +32,7 @@ import results  # noqa: E402
 from aflora import freezing_fraction  # noqa: E402
 from claims import KINDS, choose_preset, place  # noqa: E402
 from results import (  # noqa: E402
-    AFLORA, METHODS, QUESTION_SEEDS, TASKS, mean_and_deviation)
+    AFLORA, FURTHER_SEEDS, METHODS, QUESTION_SEEDS, TASKS, mean_and_deviation)
 
 TITLES = {"sst2": "SST-2", "mrpc": "MRPC"}
 LABELS = {"full": "full fine-tuning", "lora r=8": "LoRA r=8", "elora r=4": "ELoRA r=4",
@@ -393,7 +393,7 @@ def dev_lines(task):
     """A line for each method, of all its seeds."""
     lines = []
     for arm in LOOKS:
-        cells = results.load(task, arm, QUESTION_SEEDS)
+        cells = results.load(task, arm, [*QUESTION_SEEDS, *FURTHER_SEEDS])
         if cells:
             more = f", {len(cells)} seeds" if len(cells) > 1 else f", seed {cells[0]['seed']}"
             lines.append({"arm": arm, "more": more, "look": "-", "cells": cells})
