@@ -606,9 +606,9 @@ class GraphRecorder:
       rare shape is not worth a recording; the third is recorded;
     - all recordings are forgotten where a gradient or a weight is not where it was. That batch runs
       without a graph; from the next one on each shape is recorded anew;
-    - when a matrix freezes they stay right: each holds the gradients it adds to, so one that nobody
-      reads any more is still made. Behind the last freeze, see Training.step, all are forgotten,
-      and the new ones make no such gradient.
+    - a freeze does not spoil them: they go on to make the matrix's gradient, in memory that they
+      hold for it, and nobody reads that. After the last freeze, see Training.step, all are
+      forgotten, and the new ones make no such gradient.
     All share one pool of memory, about as large as the largest shape needs. Python inside the loss
     runs at the recording alone: a number that it makes anew for each batch would stay as it was.
     """
