@@ -118,16 +118,20 @@ class WordPieceTokenizer:
                 raise AFLoRAError(f"{vocab_path} lacks {token}: not a BERT vocabulary")
         remember = functools.lru_cache(maxsize=100_000)  # most words come again
         self.pieces = remember(self.pieces)
+        self.replacements = Remembered(self.replacement)
 
     def words(self, text):
-        """Splits at white space, punctuation and Chinese characters; drops what has no shape."""
-        text = "".join(c for c in text if has_shape(c))
-        text = CHINESE.sub(r" \g<0> ", text)
-        if self.lower_case:  # without accents, and character by character: no final sigma
-            decomposed = unicodedata.normalize("NFD", text)
-            text = "".join(c.lower() for c in decomposed if unicodedata.category(c) != "Mn")
-        spaced = (f" {c} " if is_punctuation(c) else c for c in text)
-        return "".join(spaced).split()
+        """Splits a text at white space, punctuation and Chinese characters."""
+        return text.translate(self.replacements).split()
+
+    def replacement(self, character):
+        """What becomes of a character, whatever stands beside it: no final sigma, for instance."""
+        if not has_shape(character):
+            return ""
+        if self.lower_case:  # and without accents
+            parts = unicodedata.normalize("NFD", character)
+            character = "".join(c.lower() for c in parts if unicodedata.category(c) != "Mn")
+        return "".join(f" {c} " if is_a_word(c) else c for c in character)
 
     def pieces(self, word):
         """Ids of the longest pieces of the vocabulary, from left to right; [UNK] if none fits."""
@@ -170,6 +174,18 @@ class WordPieceTokenizer:
         return first + second, [0] * len(first) + [1] * len(second)
 
 
+class Remembered(dict):
+    """{code of a character: what a function makes of it}, worked out when it is first asked for."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def __missing__(self, code):
+        self[code] = self.function(chr(code))
+        return self[code]
+
+
 def has_shape(c):
     """False for control characters and the like, but for white space."""
     if c in "\t\n\r":
@@ -179,9 +195,9 @@ def has_shape(c):
     return unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cs")
 
 
-def is_punctuation(c):
-    """BERT counts some symbols among the punctuation."""
-    return unicodedata.category(c).startswith("P") or c in "$+<=>^`|~"
+def is_a_word(c):
+    """True for Chinese characters and punctuation, among which BERT counts some symbols."""
+    return bool(CHINESE.match(c)) or unicodedata.category(c).startswith("P") or c in "$+<=>^`|~"
 
 
 def load_tokenizer(folder):

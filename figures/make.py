@@ -355,12 +355,12 @@ def rules():
 
 
 def curves():
-    """Accuracy after each epoch at the full preset, on the fold of the search and on dev."""
+    """Accuracy after each epoch at the full preset: on dev, or on the search's fold till then."""
     chosen = results.FOLDER
     results.FOLDER = ROOT / "results/full"
     try:
-        there = [(task, lines) for task in TASKS for lines in (fold_lines(task), dev_lines(task))
-                 if lines]
+        there = [(task, dev_lines(task) or fold_lines(task)) for task in TASKS]
+        there = [(task, lines) for task, lines in there if lines]
     finally:
         results.FOLDER = chosen
     if not there:
