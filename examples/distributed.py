@@ -46,12 +46,20 @@ class ProcessGroupTraining(aflora.Training):
         super().__init__(*arguments, **settings)
         self.sent = []  # bytes of each step's all-reduce
 
-    def average_gradients(self, parameters):
-        """Replaces the gradient of each parameter by its mean over all processes."""
-        flat = torch.cat([p.grad.flatten() for p in parameters])
+    def average_gradients(self):
+        """Replaces the gradient of each parameter that trains by its mean over all processes.
+
+        One that is missing here counts as 0, since another process may have it: a layer that is
+        left out by chance (layerdrop, experts) is not left out everywhere.
+        """
+        live = [p for p in self.parameters if p.requires_grad]
+        for p in live:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        flat = torch.cat([p.grad.flatten() for p in live])
         dist.all_reduce(flat)
         flat /= WORLD
-        for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        for p, part in zip(live, flat.split([p.numel() for p in live])):
             p.grad.copy_(part.view_as(p))
         self.sent.append(flat.nbytes)
 

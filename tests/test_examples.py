@@ -151,6 +151,35 @@ def test_processes_that_froze_differently_stop(monkeypatch, other, alike):
     assert len(training.sent) == training.steps
 
 
+def test_processes_may_leave_out_different_layers(monkeypatch):
+    """A gradient that only one of two processes has is halved, not averaged with another layer's."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import distributed as example
+
+    sums = []  # of what each process gave
+    monkeypatch.setattr(example, "WORLD", 2)
+    monkeypatch.setattr(example.dist, "all_reduce", lambda flat: flat.copy_(sum(sums)))
+    trainings = []
+    for left_out in ("0.lora_A", "1.lora_A"):
+        model = torch.nn.ModuleList(torch.nn.Linear(3, 3) for _ in range(2))
+        aflora.add_adapters(model, ["0", "1"])
+        training = example.ProcessGroupTraining(model, None, total_steps=9, lr=1e-2)
+        trainings.append(training)
+        parts = []
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.grad = None if name == left_out else torch.randn(p.shape)
+                parts.append(torch.zeros(p.shape) if name == left_out else p.grad)
+        sums.append(torch.cat([part.flatten() for part in parts]))
+    here, there = [dict(training.model.named_parameters()) for training in trainings]
+    expected = {"0.lora_A": there["0.lora_A"].grad / 2, "1.lora_A": here["1.lora_A"].grad / 2,
+                "0.s_b": (here["0.s_b"].grad + there["0.s_b"].grad) / 2}
+    for training in trainings:
+        training.average_gradients()
+        for name, mean in expected.items():
+            assert_close(training.model.get_parameter(name).grad, mean)
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_that_dies_ends_the_run(folder, killed):
     """One of two processes is killed while they train: the other one, by itself and without

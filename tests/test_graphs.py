@@ -219,6 +219,23 @@ def test_what_trains_again_is_recorded_anew(tape):
     assert recordings == [0, 6]  # the second behind two and then three replays
 
 
+def test_what_is_frozen_by_hand_is_recorded_anew(tape):
+    """Where its gradient is left in place, older recordings would go on to fill it; and those from
+    then, of whatever shape, lack it when it trains again."""
+    model, layers = tiny.adapted()
+    training = Training(model, tiny.loss_of, total_steps=20, lr=1e-2, graphs=True)
+    matrix = next(iter(layers.values())).lora_A
+    x, labels = tiny.data()[0]
+    for rows, trains in ((16, True), (16, False), (12, False), (12, True)):
+        matrix.requires_grad_(trains)
+        before = len(tape)
+        for _ in range(4):
+            training.step([(x[:rows], labels[:rows])])
+        recordings = [event for event in tape[before:] if event != "replay"]
+        assert recordings == [((rows, 8), 1)]
+        assert matrix.grad is not None
+
+
 @pytest.mark.parametrize("every", [1, 2, 5])
 def test_a_hook_may_drop_gradients(tape, every):
     """Recordings would go on to write where they lay: what is learned is as without graphs."""

@@ -279,11 +279,32 @@ def test_a_step_never_waits_for_the_device(precision, monkeypatch):
 class Tripled(Training):
     """Stands for several processes: what it does to the gradients comes before everything else."""
 
-    def average_gradients(self, parameters):
-        assert all(p.grad is not None for p in parameters)
+    def average_gradients(self):
+        parameters = [p for p in self.parameters if p.requires_grad]
         self.norm = torch.stack([p.grad.norm() for p in parameters]).norm()
         for p in parameters:
             p.grad *= 3
+
+
+class Given(Training):
+    """Has a gradient that only another process computed."""
+
+    def average_gradients(self):
+        self.model.pooler.weight.grad = torch.ones_like(self.model.pooler.weight)
+
+
+def test_a_gradient_that_comes_with_the_average_is_clipped_with_the_others(monkeypatch):
+    """It counts in the norm, and is divided by it."""
+    model = tiny.Net()
+    model.pooler = torch.nn.Linear(8, 8)
+    add_adapters(model, ["up"], modules_to_save=["pooler"])
+    training = Given(model, tiny.loss_of, total_steps=4, lr=1e-2, clip=0.5)
+    seen = []
+    training.optimizer.register_step_pre_hook(
+        lambda *_: seen.extend(p.grad.clone() for p in model.parameters() if p.grad is not None))
+    training.step([tiny.data()[0]])
+    assert any(grad.shape == (8, 8) and grad.unique().numel() == 1 for grad in seen)
+    assert torch.stack([grad.norm() for grad in seen]).norm().item() == pytest.approx(0.5, abs=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
