@@ -590,8 +590,8 @@ def check_same_model(model):
 
 def check_gradients(adapters):
     """Warns where a first step gave an adapter no gradient. AFLoRAError if it gave none to any."""
-    missed = [name for name, layer in adapters.items()
-              if all(p.grad is None for p in layer.parameters(recurse=False))]
+    missed = [name for name, layer in adapters.items() if layer.s_b.requires_grad
+              and all(p.grad is None for p in layer.parameters(recurse=False))]
     if not missed:
         return
     message = (f"no gradient reached {len(missed)} of {len(adapters)} adapters, {missed[0]} among "

@@ -138,6 +138,17 @@ def test_layers_may_be_left_out_at_times():
     assert all(layer.s_b.any() for layer in layers.values())
 
 
+def test_adapters_that_are_not_to_train_need_no_gradient():
+    """Frozen by hand, say to train the head alone."""
+    model = tiny.Net()
+    layers = add_adapters(model, ["up"], modules_to_save=["head"])
+    for layer in layers.values():
+        layer.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".* gradient")
+        train(model, lambda epoch: tiny.data(), tiny.loss_of, epochs=1, lr=1e-2)
+
+
 @pytest.mark.parametrize("own_loop", [False, True])
 def test_a_layer_without_a_gradient_among_others_is_named(own_loop):
     """It may be left out of this batch by chance; if not, it would never learn. Said once."""
