@@ -302,6 +302,30 @@ def test_the_readme_has_the_numbers_of_the_files(committed):
                           results.spread_of(mrpc, "f1")]
 
 
+def apart(preset, arm, seeds):
+    """(mean difference of AFLoRA's accuracy from an arm's on MRPC, its standard error, p), texts."""
+    results.use_preset(preset)
+    _, differences = results.paired("mrpc", arm, seeds)
+    mean, deviation = results.mean_and_deviation(differences)
+    error = deviation / len(differences) ** 0.5
+    return f"{abs(mean):.1f}", f"{error:.1f}", f"{chance.p_value(differences):.2f}"
+
+
+def test_the_front_page_s_sentences_have_the_numbers_of_the_files(committed):
+    """The gap to LoRA in few epochs, and with eight of them."""
+    page = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    mean, error, _ = apart("ranks", "lora r=8", results.QUESTION_SEEDS)
+    assert f"Five seeds in fp32 say {mean} ± {error} (" in page
+    mean, error, _ = apart("ranks", "aflora r=16", results.QUESTION_SEEDS)
+    assert f"{mean} ± {error} above rank 4" in page
+    mean, error, p = apart("full", "lora r=8", results.FURTHER_SEEDS)
+    assert f"difference {mean} ± {error}, p {p})" in page
+    arms = [results.load("mrpc", arm, results.FURTHER_SEEDS) for arm in (AFLORA, "lora r=8")]
+    accuracies = [results.spread_of(cells, "accuracy") for cells in arms]
+    f1s = [results.spread_of(cells, "f1").split()[0] for cells in arms]
+    assert f"{' against '.join(accuracies)} (F1 {' against '.join(f1s)}; seeds 5 to " in page
+
+
 def test_the_short_table_of_questions_has_the_numbers_of_the_files(committed):
     """Differences and standard errors; p after Holm's correction is below 0.05 where it is bold."""
     results.use_preset("quick")
