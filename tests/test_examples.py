@@ -152,7 +152,7 @@ def test_processes_that_froze_differently_stop(monkeypatch, other, alike):
 
 
 def test_processes_may_leave_out_different_layers(monkeypatch):
-    """A gradient that only one of two processes has is halved, not averaged with another layer's."""
+    """A gradient that only one of two processes has is halved, not mixed with another layer's."""
     monkeypatch.syspath_prepend(EXAMPLES)
     import distributed as example
 

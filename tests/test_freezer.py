@@ -116,7 +116,7 @@ def test_gradients_that_are_all_missing_are_refused():
 
 
 def test_a_state_is_taken_up_by_a_freezer_that_has_frozen_since():
-    """Rolled back to an earlier step: what froze in between trains again, and all goes as before."""
+    """Rolled back to an earlier step: what froze since trains again, and all goes as before."""
     def steps(freezer, optimizer, first, last):
         for step in range(first, last):
             gradients(freezer, seed=step)

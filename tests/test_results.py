@@ -303,7 +303,7 @@ def test_the_readme_has_the_numbers_of_the_files(committed):
 
 
 def apart(preset, arm, seeds):
-    """(mean difference of AFLoRA's accuracy from an arm's on MRPC, its standard error, p), texts."""
+    """How far AFLoRA's accuracy is from an arm's on MRPC: (mean, standard error, p), as texts."""
     results.use_preset(preset)
     _, differences = results.paired("mrpc", arm, seeds)
     mean, deviation = results.mean_and_deviation(differences)
