@@ -1,8 +1,8 @@
 """Fine-tunes a small BERT on SST-2 and MRPC with AFLoRA: the companion of aflora.py, and its proof.
 
     python train_glue_small.py                       both tasks, AFLoRA; minutes on a CPU
-    python train_glue_small.py --preset full         all rows, more epochs; what CUDA does
-    python train_glue_small.py --resume runs/mrpc-aflora-s0     go on where a run was stopped
+    python train_glue_small.py --preset full         all rows, more epochs; the default on CUDA
+    python train_glue_small.py --resume runs/mrpc-aflora-s0     continue a run that was stopped
     python train_glue_small.py --help                every flag
 
 Text -> token ids -> batches of like length -> BERT with adapters -> loss -> train() of aflora.py ->
@@ -43,7 +43,7 @@ FFN = ("intermediate", "output")
 
 
 class Dropout(nn.Dropout):
-    """Zeroes a share p. On CPUs one random number serves four elements; torch's own is slow."""
+    """Zeroes a share p. On CPUs, where torch's own is slow, one random number serves 4 elements."""
 
     def forward(self, x):
         if not self.training or self.p == 0 or x.is_cuda:
@@ -153,15 +153,15 @@ class BertClassifier(nn.Module):
 
     def forward(self, ids, segments, mask):
         x = self.encoder(ids, segments, mask)
-        mean = (mask / mask.sum(1, keepdim=True)).to(x.dtype)  # (N, T), zero at padding
-        pooled = torch.bmm(mean[:, None], x)  # (N, 1, hidden)
-        return self.head(pooled[:, 0])
+        # Not by torch.bmm: on CUDA its backward needs a C compiler, from torch 2.13 on
+        total = (x * mask[:, :, None]).sum(1)  # (N, hidden), nothing of the padding
+        return self.head(total / mask.sum(1, keepdim=True))
 
 
 def load_model(folder, seed, device):
-    """(BertClassifier, tokenizer, folder) of a Hugging Face folder; None: the fetched MiniLM."""
+    """(BertClassifier, tokenizer, folder) of a Hugging Face folder; None: of model_folder()."""
     folder = Path(folder or model_folder())
-    torch.manual_seed(seed)  # the head's start and dropout; the adapters have their own seeds
+    torch.manual_seed(seed)  # for the head's start and dropout; the adapters have their own seeds
     model = BertClassifier(Bert.load(folder))
     tokenizer = load_tokenizer(folder)
     rows = model.encoder.word_embeddings.num_embeddings
@@ -195,7 +195,7 @@ def metrics(predicted, labels):
     """Accuracy and F1 of class 1, both in per cent."""
     accuracy = (predicted == labels).float().mean().item()
     both = int((predicted & labels).sum())
-    positives = int((predicted + labels).sum())  # among the predictions, and among the labels
+    positives = int((predicted + labels).sum())  # among the predictions plus among the labels
     return dict(accuracy=100 * accuracy, f1=200 * both / max(positives, 1))
 
 
@@ -208,7 +208,7 @@ def hold_frozen_weights(encoder, precision):
 
 
 def adapt(model, args, rank):
-    """Adds to a classifier what the method trains, beside its head. {name: AFLoRALinear}."""
+    """Adds to a classifier what the method trains besides the head. Gives {name: AFLoRALinear}."""
     if args.method in ("full", "head"):
         saved = ["head", "encoder"] if args.method == "full" else ["head"]
         return aflora.add_adapters(model, (), modules_to_save=saved)
@@ -224,11 +224,11 @@ def adapt(model, args, rank):
 
 
 # ------------------------------------------------------------------------------------- the recipes
-# limit: training rows to draw, None: all. t_i, t_f: shares of all steps. METHODS go before recipes,
-# flags before both. full has the paper's rows, lr, rank, t_i, t_f and, on SST-2, epochs and batch;
-# on MRPC the paper takes 20 epochs and batch 64, with a model eight times this one. Its head_lr:
-# 4e-3 (SST-2), 8e-2 (MRPC). quick's few steps on MRPC need a higher rank. Always: weight decay 0.01
-# of matrices, clip 1, warm-up 6 % (the paper: 0.1, 0.1, 6 %).
+# limit: training rows to draw, None: all. t_i, t_f: shares of all steps. METHODS override recipes,
+# flags override both. full has the paper's rows, lr, rank, t_i, t_f and, on SST-2, epochs and
+# batch; on MRPC the paper takes 20 epochs and batch 64, with a model eight times as large. Its
+# head_lr: 4e-3 (SST-2), 8e-2 (MRPC). On MRPC the few steps of quick need a higher rank. Always:
+# weight decay 0.01 for matrices, clip 1, warm-up 6 % (the paper: 0.1, 0.1, 6 %).
 RECIPES = {
     ("quick", "sst2"): dict(
         limit=6000, epochs=3, batch_size=32, t_i=0.1, t_f=0.4, lr=4e-3, head_lr=2e-3, rank=4),
@@ -254,7 +254,7 @@ VERSIONS = {
 
 
 def choose_recipe(name, args, device):
-    """(preset, its recipe for the task), with what the method and the flags say."""
+    """(preset, its recipe for the task, changed as the method and the flags say)."""
     preset = args.preset
     if preset == "auto":
         preset = "full" if device.type == "cuda" else "quick"
@@ -283,18 +283,18 @@ def choose_precision(amp, device):
 
 
 def checksum(tensors):
-    """One sha256 of several tensors' values."""
+    """One sha256 over the values of several tensors."""
     return aflora.checksum(torch.cat([tensor.cpu().float().flatten() for tensor in tensors]))
 
 
 def trainable(module):
-    """How many values of a module train."""
+    """The number of a module's trainable values."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 # ------------------------------------------------------------------------------------------ the run
 def run_folder(name, args):
-    """The folder of a task's run. AFLoRAError where a stopped run lies in that of a new one."""
+    """The folder of a task's run. AFLoRAError if a new run would overwrite a stopped one."""
     if args.resume:
         return Path(args.resume)
     folder = Path(args.out or "runs")
@@ -306,7 +306,7 @@ def run_folder(name, args):
 
 
 class Run:
-    """One run, as its flags say: what it needs, and what happens beside its steps."""
+    """One run, as its flags describe it: what it needs, and what happens around its steps."""
 
     def __init__(self, name, args, task, device, precision):
         self.name = name
@@ -316,8 +316,8 @@ class Run:
         self.precision = precision
         self.preset, self.recipe = choose_recipe(name, args, device)
         self.out = run_folder(name, args)
-        self.signals = []  # that were caught
-        self.started = False  # the first step is done: the folder is this run's
+        self.signals = []  # those that were caught
+        self.started = False  # true once the first step is done: then the folder is this run's
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self.introduce()
@@ -332,7 +332,7 @@ class Run:
         print(f"{self.args.method}, {self.preset}:", ", ".join(used))
 
     def prepare(self):
-        """Makes all that the training needs: model, examples, adapters, freezer."""
+        """Makes everything the training needs: model, examples, adapters, freezer."""
         args = self.args
         task = self.task
         model, tokenizer, self.weights = load_model(args.model, args.seed, self.device)
@@ -354,7 +354,7 @@ class Run:
         self.freezer = self.make_freezer()
 
     def add_adapters(self):
-        """Adds the adapters and shows that this changes no prediction, which warms CUDA up, too."""
+        """Adds the adapters and shows that no prediction changes, which also warms up CUDA."""
         plain = self.predict_dev()
         if self.args.method != "full":
             hold_frozen_weights(self.model.encoder, self.precision)
@@ -369,7 +369,7 @@ class Run:
         return layers
 
     def make_freezer(self):
-        """AFLoRA's freezer, with t_i and t_f in steps; None where no A or B is to freeze."""
+        """AFLoRA's freezer, with t_i and t_f in steps; None if there is no A or B to freeze."""
         if self.args.method != "aflora" or self.args.train_matrices == "none":
             return None
         T = self.total_steps
@@ -385,12 +385,12 @@ class Run:
         return predict(self.model, self.dev_set, self.precision)
 
     def train(self):
-        """Trains to the end, or to a signal, and reports."""
+        """Trains to the end and reports, unless a signal stops it."""
         if self.args.resume:
             with blame(self.out):  # start() kept them beside the flags, parse() read them back
                 aflora.expect_equal(self.args.checksums, self.checksums)
         handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
-        self.clock = time.perf_counter()  # started anew by each step: evaluation does not count
+        self.clock = time.perf_counter()  # restarted after each step: evaluation does not count
         try:
             training = aflora.train(
                 self.model,
@@ -409,7 +409,7 @@ class Run:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        if self.signals:  # one came behind the last step
+        if self.signals:  # one came after the last step
             raise KeyboardInterrupt
         self.report(training)
 
@@ -418,13 +418,13 @@ class Run:
         return self.train_set.batches(self.recipe["batch_size"], self.args.seed, epoch)
 
     def on_signal(self, number, frame):
-        """The step is finished first, unless asked twice."""
+        """Lets the step finish first; a second signal stops the run at once."""
         if self.signals:
             raise KeyboardInterrupt
         self.signals.append(number)
 
     def after_step(self, training):
-        """Logs, evaluates at an epoch's end, and writes a checkpoint where one is due."""
+        """Logs, evaluates at an epoch's end, and writes a checkpoint when one is due."""
         if not self.started:
             self.start(training.notes)
         training.notes["seconds"] += time.perf_counter() - self.clock
@@ -438,7 +438,7 @@ class Run:
             with blame(self.out / "log.jsonl"), open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
         every = self.args.checkpoint_every
-        signals = list(self.signals)  # one that comes from now on waits for the next step
+        signals = list(self.signals)  # one that comes later waits for the next step
         if epoch_ends or signals or (every and training.steps % every == 0):
             aflora.save_checkpoint(training, self.out / "checkpoint.pt")
         if signals:
@@ -449,9 +449,9 @@ class Run:
         self.clock = time.perf_counter()
 
     def start(self, notes):
-        """Makes the folder this run's, after the first step: nothing can be refused any more.
+        """Makes the folder this run's, after the first step, when nothing can be refused any more.
 
-        notes: of the checkpoint that it goes on from, or empty; the next checkpoints have them.
+        notes: those of the checkpoint it continues from, or empty; the next checkpoints keep them.
         """
         self.started = True
         notes.setdefault("log", [])
@@ -460,7 +460,7 @@ class Run:
         for name in ("adapter.pt", "result.json", "freeze_map.txt", "*.????????.part"):
             for path in self.out.glob(name):
                 path.unlink()
-        # The old log may be longer than the checkpoint: those steps are made again
+        # The old log may reach beyond the checkpoint: the steps after it are made again
         text = "".join(json.dumps(line) + "\n" for line in notes["log"])
         aflora.write_file(self.out / "log.jsonl", text.encode())
 
@@ -469,7 +469,7 @@ class Run:
         aflora.save_adapter(self.model, self.out / "adapter.pt")
 
     def report(self, training):
-        """Leaves adapter, result and freeze map, and prints them; then nothing is to be resumed."""
+        """Saves adapter, result and freeze map and reports them; then nothing is left to resume."""
         if not self.started:  # resumed after its last step: none was left to call start()
             self.start(training.notes)
         result = self.make_result(training)
@@ -489,7 +489,7 @@ class Run:
         """The fields of result.json."""
         log = training.notes["log"]
         seconds = training.notes["seconds"]
-        history = [line for line in log if "accuracy" in line]  # of each epoch's end
+        history = [line for line in log if "accuracy" in line]  # at each epoch's end
         last = history[-1]
         best = max(history, key=lambda epoch: epoch["accuracy"])
         pairs = self.name == "mrpc"  # SST-2 is scored by accuracy alone
@@ -560,7 +560,7 @@ def print_result(title, result):
 
 
 def freeze_map(model, frozen_at, first, last):
-    """Matrices x layers as text: a shade for the step, from `first` to `last`, when each froze."""
+    """Matrices x layers as text: a shade shows when, from step `first` to `last`, each froze."""
     shades = "░▒▓█"
     edges = [round(first + (last - first) * i / 4) for i in range(5)]
     marks = {name: "+" if p.requires_grad else "·" for name, p in model.named_parameters()}
@@ -579,7 +579,7 @@ def freeze_map(model, frozen_at, first, last):
 
 
 def peak_memory(device):
-    """Bytes: the most that torch allocated on CUDA; on a CPU the whole process at its largest."""
+    """In bytes: on CUDA the most torch allocated; on a CPU the whole process at its largest."""
     if device.type == "cuda" or sys.platform == "win32":  # 0, unknown, on a CPU under Windows
         return torch.cuda.max_memory_allocated(device)
     from resource import RUSAGE_SELF, getrusage
@@ -588,7 +588,7 @@ def peak_memory(device):
 
 # --------------------------------------------------------------------------------- the command line
 def make_parser():
-    """The flags, see --help. Those of a recipe are absent where they are not given."""
+    """The flags, see --help. Those of a recipe are absent unless they are given."""
     parser = argparse.ArgumentParser(
         description="Fine-tunes a small BERT on SST-2 and MRPC with AFLoRA.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -603,21 +603,21 @@ def make_parser():
          help="whose A and B train until they freeze (aflora)")
     flag("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"),
          help="mixed precision; auto: bf16 where it is native, else fp16 on CUDA, off on a CPU")
-    flag("--seed", default=0, type=int, help="of data order, head, dropout and random matrices")
-    flag("--model", help="folder: config.json, vocab.txt, weights; else $AFLORA_MODEL, MiniLM-L6")
+    flag("--seed", default=0, type=int, help="for data order, head, dropout and random matrices")
+    flag("--model", help="folder: config.json, vocab.txt, weights; else $AFLORA_MODEL or MiniLM-L6")
     flag("--data", default=os.environ.get("AFLORA_DATA"), help="folder of texts; else fetched")
     flag("--out", help="folder of the run; %(default)s: runs/TASK-METHOD-sSEED")
-    flag("--checkpoint-every", default=500, type=int, help="steps; besides each epoch's end")
-    flag("--resume", metavar="FOLDER", help="of a stopped run: goes on, with the flags it had")
+    flag("--checkpoint-every", default=500, type=int, help="steps; also at each epoch's end")
+    flag("--resume", metavar="FOLDER", help="of a stopped run, to continue with its own flags")
     of_recipe = [
         ("rank", int, "r of the adapters"),
         ("epochs", int, "passes over the training rows"),
-        ("batch-size", int, "rows a step"),
+        ("batch-size", int, "rows per step"),
         ("limit", int, "training rows, drawn at random"),
         ("lr", float, "peak learning rate"),
-        ("head-lr", float, "the head's"),
-        ("t-i", float, "share of steps before freezing"),
-        ("t-f", float, "share after it"),
+        ("head-lr", float, "peak learning rate of the head"),
+        ("t-i", float, "share of steps before freezing begins"),
+        ("t-f", float, "share of steps after freezing has ended"),
     ]
     for name, kind, what in of_recipe:
         flag(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{what} (default: recipe's)")
@@ -625,7 +625,7 @@ def make_parser():
 
 
 def parse(argv=None):
-    """The flags; with --resume those of the stopped run. Raises AFLoRAError where one differs."""
+    """The flags; with --resume those of the stopped run. Raises AFLoRAError if one differs."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.resume:
@@ -633,7 +633,7 @@ def parse(argv=None):
             content = aflora.read_file(f"{args.resume}/checkpoint.pt", aflora.CHECKPOINT_FORMAT)
             there = json.loads(content["notes"])["flags"] | dict(resume=args.resume)
         parser.set_defaults(**there)
-        args = parser.parse_args(argv)  # a flag that is given once more has to be the same
+        args = parser.parse_args(argv)  # a flag that is given again has to be the same
         aflora.expect_equal(there, vars(args))
     aflora.whole("--seed", args.seed, 0, 2**32 - 1)
     aflora.whole("--checkpoint-every", args.checkpoint_every)
@@ -641,13 +641,13 @@ def parse(argv=None):
 
 
 def format_warning(message, *_):
-    """Without path and source line."""
+    """A warning without path and source line."""
     return f"warning: {message}\n"
 
 
 def main(argv=None):
-    """The command line, see --help. Returns 0, or 2 after an error that the user can mend."""
-    if hasattr(sys.stdout, "reconfigure"):  # where a terminal lacks the shades of the freeze map
+    """The command line, see --help. 0; 2 after an error the user can fix; 130 if interrupted."""
+    if hasattr(sys.stdout, "reconfigure"):  # for a terminal without the freeze map's shades
         sys.stdout.reconfigure(errors="replace")
     warnings.formatwarning = format_warning
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -663,7 +663,7 @@ def main(argv=None):
         print(*versions, f"device {device}", f"{threads} threads", f"precision {precision}",
               f"seed {args.seed}", sep=", ")
         for name in tasks:
-            run_folder(name, args)  # is refused now, not when the task before has been trained
+            run_folder(name, args)  # refuses now, not after the task before has been trained
         for name, task in tasks.items():
             Run(name, args, task, device, precision).train()
         for note in notes:  # once more, below the results

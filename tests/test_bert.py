@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 import train_glue_small as glue
@@ -103,6 +104,29 @@ def test_dropout(p, dtype):
     assert y.float().mean().item() == pytest.approx(1, abs=0.008)
     assert torch.equal(x.grad, y)
     assert torch.equal(glue.Dropout(p).eval()(x), x)
+
+
+class OuterProducts(TorchDispatchMode):
+    """Inside it `count` grows with each torch.bmm of columns by rows."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.bmm.default and args[0].shape[2] == 1:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_has_no_batched_outer_product(folder):
+    """From torch 2.13 on Triton computes it on CUDA: an error where no C compiler is installed."""
+    model, _ = tiny.load_tiny(folder)
+    inputs = [torch.ones(2, 3, dtype=torch.long)] * 2 + [torch.ones(2, 3, dtype=torch.bool)]
+    with OuterProducts() as seen:
+        model(*inputs).sum().backward()
+    assert seen.count == 0
+    with OuterProducts() as seen:
+        torch.bmm(torch.ones(2, 3, 1), torch.ones(2, 1, 4))
+    assert seen.count == 1
 
 
 def test_dropout_stands_where_bert_has_it(folder):
