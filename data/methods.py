@@ -1,7 +1,7 @@
-"""The methods to compare AFLoRA with, made of its layers: LoRA and ELoRA in a few lines.
+"""The methods to compare AFLoRA with, made from its layers: LoRA and ELoRA in a few lines.
 
-Both train nothing but what they leave trainable, and no freezer goes with them. The sources: Hu et
-al. (arXiv 2106.09685) for LoRA, Kopiczko et al. (2310.11454) for ELoRA, which is published as VeRA.
+Both train only what they leave trainable, and no freezer goes with them. The sources: Hu et al.
+(arXiv 2106.09685) for LoRA, Kopiczko et al. (2310.11454) for ELoRA, which is published as VeRA.
 """
 
 import torch
@@ -11,7 +11,7 @@ from aflora import AFLoRALinear, kaiming_uniform
 
 
 class ELoRALinear(AFLoRALinear):
-    """At a high rank with frozen matrices, to scale activations is cheaper than to fold vectors."""
+    """With frozen matrices of a high rank, scaling activations is cheaper than folding vectors."""
 
     def forward(self, x):
         tokens = x.reshape(-1, x.shape[-1])
@@ -23,7 +23,7 @@ class ELoRALinear(AFLoRALinear):
 
 @torch.no_grad()
 def as_lora(layers, alpha=16):
-    """Turns AFLoRA's layers into LoRA's: A smaller by sqrt(6), B = 0, scaled by alpha / rank."""
+    """Turns AFLoRA's layers into LoRA's: A divided by sqrt(6), B = 0, scaled by alpha / rank."""
     for layer in layers.values():
         layer.lora_A.div_(6**0.5)
         layer.lora_B.zero_()
@@ -34,7 +34,7 @@ def as_lora(layers, alpha=16):
 
 
 def as_elora(layers):
-    """Turns AFLoRA's layers into ELoRA's: one frozen pair A, B a shape; the vectors train."""
+    """Turns AFLoRA's layers into ELoRA's: one frozen pair A, B per shape; the vectors train."""
     pairs = {}
     for layer in layers.values():
         shape = (layer.base.out_features, layer.base.in_features)

@@ -1,7 +1,6 @@
 """From text files to token ids: the tables of SST-2 and MRPC, and BERT's tokenizer.
 
-data/batches.py builds batches from what is made here; where the files come from is
-data/fetch.py's business.
+The files come from data/fetch.py; data/batches.py builds batches from what is made here.
 """
 
 import functools
@@ -36,8 +35,8 @@ def read_table(path, header, label=None):
 def load_task(name, folder=None):
     """Task "sst2" or "mrpc" from `folder`, else fetched: title, source, train and dev.
 
-    Rows are (text, second text or None, label). Where SST-2 cannot be had at all, movie snippets
-    stand in for it, and the title says so.
+    Rows are (text, second text or None, label). If SST-2 cannot be fetched, movie snippets stand in
+    for it, and the title says so.
     """
     if name == "mrpc":
         return load_mrpc(fetch(MRPC, folder), fetch(MRPC_DEV, folder))
@@ -55,7 +54,7 @@ def load_task(name, folder=None):
 
 
 def load_tasks(names, folder=None):
-    """({name: task}, notes): those that can be had; the notes say what is missing or stands in."""
+    """({name: task} for those that can be had, notes that say what is missing or stands in)."""
     tasks = {}
     notes = []
     for name in names:
@@ -82,7 +81,7 @@ def load_snippets(path):
 
 
 def load_mrpc(path, dev_path):
-    """MRPC: rows whose pair of ids stands in the file at dev_path are dev, all others train."""
+    """MRPC: rows whose pair of ids is listed in the file at dev_path are dev, all others train."""
     header = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
     dev_ids = {tuple(ids) for ids in read_table(dev_path, ("id", "id"))}
     train = []
@@ -101,9 +100,9 @@ CHINESE = re.compile(
 
 
 class WordPieceTokenizer:
-    """BERT's WordPiece (arXiv 1810.04805): Hugging Face's very ids, for characters of Unicode 8.
+    """BERT's WordPiece (arXiv 1810.04805): Hugging Face's ids, for characters of Unicode 8.
 
-    vocab_path: a file with a token a line. lower_case: also drops accents.
+    vocab_path: a file with one token per line. lower_case: also drops accents.
     """
 
     SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -116,7 +115,7 @@ class WordPieceTokenizer:
         for token in self.SPECIAL:
             if token not in self.vocab:
                 raise AFLoRAError(f"{vocab_path} lacks {token}: not a BERT vocabulary")
-        remember = functools.lru_cache(maxsize=100_000)  # most words come again
+        remember = functools.lru_cache(maxsize=100_000)  # most words recur
         self.pieces = remember(self.pieces)
         self.replacements = Remembered(self.replacement)
 
@@ -125,7 +124,7 @@ class WordPieceTokenizer:
         return text.translate(self.replacements).split()
 
     def replacement(self, character):
-        """What becomes of a character, whatever stands beside it: no final sigma, for instance."""
+        """What a character becomes, whatever its neighbours: no final sigma, for instance."""
         if not has_shape(character):
             return ""
         if self.lower_case:  # and without accents
@@ -166,7 +165,7 @@ class WordPieceTokenizer:
         room = max_length - 2  # for [CLS] and [SEP]
         if pair is not None:
             room -= 1
-        half = (room + (len(first) > len(second))) // 2  # of an odd room the longer has one more
+        half = (room + (len(first) > len(second))) // 2  # if room is odd, the longer has one more
         cut = max(half, room - len(second))
         pair_cut = max(room - half, room - len(first))
         first = [self.vocab["[CLS]"], *first[:cut], self.vocab["[SEP]"]]
@@ -175,7 +174,7 @@ class WordPieceTokenizer:
 
 
 class Remembered(dict):
-    """{code of a character: what a function makes of it}, worked out when it is first asked for."""
+    """{code of a character: what a function makes of it}, computed when it is first asked for."""
 
     def __init__(self, function):
         super().__init__()
@@ -187,7 +186,7 @@ class Remembered(dict):
 
 
 def has_shape(c):
-    """False for control characters and the like, but for white space."""
+    """False for control characters and the like, but True for white space."""
     if c in "\t\n\r":
         return True
     if c in "\0\ufffd":
@@ -196,14 +195,14 @@ def has_shape(c):
 
 
 def is_a_word(c):
-    """True for Chinese characters and punctuation, among which BERT counts some symbols."""
+    """True for Chinese characters and punctuation; BERT counts some symbols among the latter."""
     return bool(CHINESE.match(c)) or unicodedata.category(c).startswith("P") or c in "$+<=>^`|~"
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a Hugging Face folder. AFLoRAError where other ids would be due.
+    """The tokenizer of a Hugging Face folder. AFLoRAError if Hugging Face's ids would differ.
 
-    A folder without tokenizer_config.json is taken for one of an uncased model.
+    A folder without tokenizer_config.json is assumed to hold an uncased model.
     """
     path = Path(folder, "tokenizer_config.json")
     with blame(path):
@@ -221,7 +220,7 @@ def load_tokenizer(folder):
 
 
 def check_added_tokens(folder):
-    """AFLoRAError where a folder's files keep whole more than BERT's own five special tokens.
+    """AFLoRAError if a folder's files keep tokens whole other than BERT's five special ones.
 
     Hugging Face's tokenizers look for added tokens in a text before they split it into words.
     """

@@ -1,4 +1,4 @@
-"""From a Hugging Face folder to tensors: config.json, .safetensors or .bin, names as our BERT has.
+"""From a Hugging Face folder to tensors: config.json, .safetensors or .bin, names as in our BERT.
 
 No file that is read here can run code.
 """
@@ -10,7 +10,7 @@ import torch
 
 from aflora import AFLoRAError, blame, expect_equal
 
-RENAMED = {  # names in Hugging Face's checkpoints -> names here; .gamma, .beta are of old ones
+RENAMED = {  # names in Hugging Face's checkpoints -> names here; old ones have .gamma, .beta
     "module.": "", ".gamma": ".weight", ".beta": ".bias", "bert.": "", "encoder.layer.": "layers.",
     "embeddings.LayerNorm": "embedding_norm", "embeddings.word": "word",
     "embeddings.position": "position", "embeddings.token": "token", "attention.self.": "",
@@ -23,7 +23,7 @@ KINDS = dict(
 
 
 def read_config(folder):
-    """config.json as a dict. AFLoRAError if it is of a model that our BERT cannot be."""
+    """config.json as a dict. AFLoRAError if it describes a model that our BERT cannot be."""
     path = Path(folder, "config.json")
     with blame(path):
         config = SUPPORTED | json.loads(path.read_bytes())
@@ -32,13 +32,13 @@ def read_config(folder):
 
 
 def load_state(model, folder):
-    """Puts the weights of a folder into our BERT. What it does not have, a pooler say, is left."""
+    """Loads a folder's weights into our BERT. What that lacks, such as a pooler, is left out."""
     paths = [Path(folder, "model.safetensors"), Path(folder, "pytorch_model.bin")]
     path = max(paths, key=Path.exists)  # the first of those that exist
     with blame(path):
         if not path.exists() and list(Path(folder).glob("*.index.json")):
-            raise AFLoRAError("the weights are in several shards, see index.json there: write one "
-                              "file, save_pretrained(folder, max_shard_size='9GB') of transformers")
+            raise AFLoRAError("the weights are in several shards, see index.json: write one file "
+                              "by save_pretrained(folder, max_shard_size='9GB') of transformers")
         state = {}
         for name, tensor in read_weights(path).items():
             for old, new in RENAMED.items():
@@ -58,7 +58,7 @@ def read_weights(path):
     header.pop("__metadata__", None)
     begins, ends = zip(*sorted(entry["data_offsets"] for entry in header.values()))
     if (*begins, len(values)) != (0, *ends):
-        raise AFLoRAError("its tensors are said not to lie end to end, from 0 to its last byte")
+        raise AFLoRAError("its header does not lay the tensors end to end, from 0 to the last byte")
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
