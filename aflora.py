@@ -109,8 +109,9 @@ class AFLoRALinear(nn.Module):
 def add_adapters(model, targets, rank=4, train_matrices="all", modules_to_save=(), seed=0):
     """Wraps linear modules of a model in AFLoRALinear and freezes everything else.
 
-    targets: whole names, or suffixes of them after a dot (["query"] selects layers.0.query, not
-        layers.0.bigquery); () adapts nothing.
+    targets: whole names, each of which selects that module alone, or suffixes after a dot: "query"
+        selects layers.0.query, not layers.0.bigquery. () adapts nothing. Experts that are one 3-D
+        parameter are no modules and stay as they are.
     train_matrices: the modules whose A and B train: "all", or targets among the adapted modules (in
         the paper's GLUE runs those of the FFN). The vectors train everywhere.
     modules_to_save: suffixes of modules (the head) that train whole, in float32, and are saved. A
@@ -251,6 +252,7 @@ class AdaptiveFreezer:
     beta1, beta2, kind: of equations (3), (4) and (2).
     In each optimizer step call update() once, on complete gradients, then optimizer.step(), then
     freeze(optimizer): see Training.step. frozen_at is {name: step after which it froze}, in order.
+    Matrices that were frozen before stay so and do not count: for a new run make the model anew.
     """
 
     def __init__(self, adapters, total_steps, t_i, t_f, interval=10, beta1=0.85, beta2=0.95,
@@ -276,8 +278,8 @@ class AdaptiveFreezer:
         self.frozen_at = {}
         if not self.matrices:
             raise AFLoRAError("no A or B is trainable: nothing to freeze, leave the freezer out")
-        self.Ibar = {name: p.new_zeros(p.numel()) for name, p in self.live.items()}
-        self.Ubar = {name: p.new_zeros(p.numel()) for name, p in self.live.items()}
+        self.Ibar = {name: torch.zeros(p.numel()) for name, p in self.live.items()}
+        self.Ubar = {name: torch.zeros(p.numel()) for name, p in self.live.items()}
         sensitivity(torch.zeros(1), torch.zeros(1), kind)  # refuses an unknown kind
         self.scheduled()  # refuses a schedule that does not fit
         ramp = self.total_steps - self.t_i - self.t_f
@@ -311,9 +313,11 @@ class AdaptiveFreezer:
                 raise AFLoRAError(f"{name} has {p.dtype}: cast before add_adapters(), not after it")
         # A batch need not reach every layer: layerdrop and experts leave some out
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.live.values()]
-        # All live matrices lie end to end in one tensor, so that few kernels run
-        weight = torch.cat([p.flatten() for p in self.live.values()])
-        grad = torch.cat([g.flatten() for g in grads])
+        # All live matrices lie end to end in one tensor, so that few kernels run; a model may be
+        # split over several devices
+        device = grads[0].device
+        weight = torch.cat([p.flatten().to(device) for p in self.live.values()])
+        grad = torch.cat([g.flatten().to(device) for g in grads])
         if found_inf is None:
             found_inf = ~grad.isfinite().all()
         # (2)  I(t) = |w * grad L|, or as `kind` says
@@ -467,11 +471,14 @@ class Training:
         self.parameters = [*model.parameters()]  # kept: walking the model at each step is slow
         self.recorder = GraphRecorder(self.parameters) if graphs else None
         self.learned = learned_names(model)
+        before = getattr(model, "adapter_names", [])
+        model.adapter_names = [*dict.fromkeys(before + self.learned)]  # in order, each once
         self.steps = 0
         self.line = dict(step=0)  # of the log, from the last report()
         self.notes = {}  # the caller's own; a checkpoint keeps them as JSON
         self.epoch_start = random_state()  # the random state at the start of this epoch
-        self.sums = torch.zeros(2, device=self.device)  # one tensor: each read waits for the device
+        # One tensor, since each read waits for the device; float32 whatever the default type is
+        self.sums = torch.zeros(2, dtype=torch.float32, device=self.device)
         self.loss_sum = self.sums[0]  # of this epoch
         self.skipped = self.sums[1]  # steps of the run
         self.plan = dict(  # has to be the same on resume
@@ -529,7 +536,7 @@ class Training:
         with self.autocast:
             loss = self.loss(self.model, batch) / count
         self.scaler.scale(loss).backward()
-        self.loss_sum += loss.detach()
+        self.loss_sum += loss.detach().to(self.device)
 
     def read_sums(self):
         """(sum of this epoch's losses, the run's skipped steps). Waits for the device.
@@ -586,6 +593,10 @@ def check_same_model(model):
     if "adapter_config" not in vars(model):
         raise AFLoRAError("add_adapters() was not called on this very model: call it on the whole "
                           "model, before torch.compile or DataParallel, and pass that model here")
+    names = {f"{name}.s_b" for name in adapters_of(model)}
+    if len(names) < len(model.adapter_config["targets"]) or not names <= {*model.adapter_names}:
+        raise AFLoRAError("parts of the model were wrapped or removed after add_adapters(): compile"
+                          " a part in place, part.compile(); checkpoint by the model's own switch")
 
 
 def check_gradients(adapters):
@@ -699,7 +710,8 @@ def train(model, batches, loss, *, epochs, accumulate=1, after_step=None, resume
     after_step: callable that is given the Training after each step, to do one or more of these:
         log training.line, which is renewed every 10 steps, at an epoch's end and at a freeze;
         evaluate: before the next step the model is put back into training mode;
-        save a checkpoint, which also holds the dict training.notes;
+        save a checkpoint, which also holds the dict training.notes. Do so last: random numbers that
+        are drawn after it (each pass through a DataLoader draws one) are not drawn at resume;
         stop, by raising an exception.
     resume: a checkpoint to continue from; on a CPU bit-identical to an uninterrupted run.
     Returns the Training. Raises AFLoRAError at the next log line if something was not finite.
@@ -807,7 +819,8 @@ def set_values(model, values, needed):
 
 
 def save_adapter(model, path):
-    """Writes what was learned: adapters, modules_to_save, other trainable parameters, and buffers.
+    """Writes what was learned: adapters, modules_to_save, buffers, and whatever else trains now or
+    trained in a Training.
 
     A matrix still at its random start is stored as the key from which it regrows, and a checksum.
     """
@@ -830,8 +843,9 @@ def save_adapter(model, path):
 def load_adapter(model, path):
     """Loads save_adapter's file into the plain model, or into one with the same adapters.
 
-    Returns {name: AFLoRALinear}. The base's own weights are not compared. An AFLoRAError, before
-    any value changes, says what differs; a plain model may have adapters by then: make it anew.
+    Returns {name: AFLoRALinear}. All of train_matrices trains again, whatever was frozen. The
+    base's own weights are not compared. An AFLoRAError, before any value changes, says what
+    differs; a plain model may have adapters by then: make it anew.
     """
     content = read_file(path, ADAPTER_FORMAT)
     with blame(path):
@@ -844,6 +858,7 @@ def load_adapter(model, path):
             if checksum(values[name]) != expected:
                 raise AFLoRAError(f"{name}, regrown from its key, is not as it was saved")
         set_values(model, values, needed=model.adapter_names)
+        model.adapter_names = [*values]
     return adapters_of(model)
 
 
@@ -890,7 +905,8 @@ def load_checkpoint(training, path):
 
 def write_file(path, content):
     """Writes bytes, or an object by torch.save; under another name first, so never half a file."""
-    path = pathlib.Path(os.path.realpath(path))  # a link stays; the file it points to changes
+    # A link stays; the file it points to changes
+    path = pathlib.Path(os.path.realpath(os.path.expanduser(path)))
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # one for each process
     with blame(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -909,6 +925,7 @@ def write_file(path, content):
 
 def read_file(path, kind):
     """Reads what write_file wrote: only tensors, numbers and strings, so no file can run code."""
+    path = os.path.expanduser(path)
     with blame(path), zipfile.ZipFile(path) as archive:
         claimed = sum(part.file_size for part in archive.infolist())  # torch does not compress
         if claimed > os.path.getsize(path) or archive.testzip():

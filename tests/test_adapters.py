@@ -348,7 +348,7 @@ def without_weight():
     (holding(torch.full((4, 4), 65504.0).half()),
      "1 cannot be merged: .*not finite in torch.float16, use float32"),
     (holding(torch.ones(4, 4, dtype=torch.int8)), "1 cannot be merged: .*plain weight"),
-    (holding(torch.ones(4, 1)), "1 cannot be merged: .*plain weight"),
+    (holding(torch.ones(4, 1)), r"1 cannot be merged: .*plain weight.*of shape \(4, 1\)"),
     (holding(torch.ones(4, 4).to(torch.float8_e4m3fn)), "1 cannot be merged: .*plain weight"),
 ])
 def test_what_cannot_be_merged_is_named_and_changes_nothing(base, word):

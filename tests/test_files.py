@@ -163,6 +163,43 @@ class Counting(nn.Module):
         return self.linear(x)
 
 
+def trained_with_norms(tmp_path):
+    """As trained(), but with LayerNorms that were let train by hand."""
+    model, _ = tiny.adapted()
+    for block in model.blocks:
+        block.norm.requires_grad_(True)
+    train(model, lambda epoch: tiny.data(), tiny.loss_of, epochs=1, lr=1e-2)
+    return model, tmp_path / "norms.pt"
+
+
+def test_what_trained_is_in_the_file_though_it_was_frozen_since(tmp_path):
+    """A model is often frozen whole before it serves."""
+    model, path = trained_with_norms(tmp_path)
+    model.requires_grad_(False)
+    save_adapter(model, path)
+    torch.manual_seed(0)
+    plain = tiny.Net()
+    load_adapter(plain, path)
+    x, _ = tiny.data()[0]
+    assert torch.equal(plain(x), model(x))
+
+
+def test_a_file_does_not_mix_with_the_one_before(tmp_path):
+    """The first has LayerNorms, the second none: its adapters would stand beside the first's."""
+    model, path = trained_with_norms(tmp_path)
+    save_adapter(model, path)
+    _, other = trained(tmp_path)
+    torch.manual_seed(0)
+    plain = tiny.Net()
+    load_adapter(plain, path)
+    before = copy.deepcopy(plain.state_dict())
+    with pytest.raises(AFLoRAError, match="norm"):
+        load_adapter(plain, other)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, before[name])
+    load_adapter(plain, path)
+
+
 def test_extra_state_comes_back(tmp_path):
     """From an adapter file and from a checkpoint."""
     models = [nn.Sequential(nn.Linear(8, 8), Counting()) for _ in range(3)]
@@ -436,6 +473,15 @@ def test_missing_folders_are_made(tmp_path):
     save_adapter(model, str(path))
     assert load_adapter(model, path)
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """Python's own open() would make a folder of that name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # under Windows
+    write_file("~/models/a.pt", dict(format="kind", value=7))
+    assert (tmp_path / "models/a.pt").exists()
+    assert read_file("~/models/a.pt", "kind")["value"] == 7
 
 
 def test_a_symbolic_link_stays(tmp_path):

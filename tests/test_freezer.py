@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 
 import aflora
-from aflora import AdaptiveFreezer, AFLoRAError, train
+from aflora import AdaptiveFreezer, AFLoRAError, add_adapters, train
 
 
 # --------------------------------------------------------------------------------- what it is given
@@ -222,6 +223,41 @@ def test_all_may_freeze_after_the_first_step():
     matrices = sum(p.numel() for p in freezer.matrices.values())
     vectors = sum(layer.s_d.numel() + layer.s_b.numel() for layer in layers.values())
     assert freezer.average_trainable() == vectors + matrices / 8  # of eight steps they train one
+
+
+class Split(tiny.Net):
+    """Its second block and its head are on the last of these devices."""
+
+    def place(self, devices):
+        self.to(devices[0])
+        self.blocks[1].to(devices[-1])
+        self.head.to(devices[-1])
+
+    def forward(self, x):
+        x = self.blocks[0](x)
+        x = x.to(self.head.weight.device)
+        return self.head(self.blocks[1](x))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_may_lie_on_two_devices():
+    """Losses as on a CPU, and everything is frozen."""
+    def loss(model, batch):
+        x, labels = batch
+        return F.cross_entropy(model(x), labels.to(model.head.weight.device))
+
+    losses = []
+    for devices in (["cpu"], ["cuda:0", "cuda:1"]):
+        torch.manual_seed(0)
+        model = Split()
+        model.place(devices)
+        layers = add_adapters(model, ["up", "down"])
+        freezer = AdaptiveFreezer(layers, 64, 6, 24)
+        training = train(model, lambda epoch: tiny.data(), loss, epochs=8, lr=1e-2,
+                         freezer=freezer)
+        assert len(freezer.frozen_at) == 8
+        losses.append(training.line["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 # ----------------------------------------------------------------------------------------- resuming

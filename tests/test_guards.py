@@ -70,6 +70,26 @@ def test_a_wrapper_is_neither_trained_nor_saved(tmp_path, wrap):
     assert list(tmp_path.iterdir()) == []
 
 
+def compile_a_block(model):
+    model.blocks[1] = torch.compile(model.blocks[1])
+
+
+def drop_a_block(model):
+    del model.blocks[1]
+
+
+@pytest.mark.parametrize("change", [compile_a_block, drop_a_block])
+def test_parts_are_not_wrapped_or_removed_afterwards(tmp_path, change):
+    """The file would have names, or lack some, that fit no plain model."""
+    model, _ = tiny.adapted()
+    change(model)
+    with pytest.raises(AFLoRAError, match="wrapped or removed after add_adapters"):
+        train(model, lambda epoch: tiny.data(), tiny.loss_of, epochs=1, lr=1e-2)
+    with pytest.raises(AFLoRAError, match="wrapped or removed after add_adapters"):
+        save_adapter(model, tmp_path / "a.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_copy_is_a_model_of_its_own(tmp_path):
     """deepcopy takes the adapters with it: it trains and is saved."""
     model, _ = tiny.adapted()

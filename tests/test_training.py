@@ -233,6 +233,19 @@ def test_a_line_s_loss_is_the_mean_of_its_epoch_so_far():
     assert seen == [10, 12, 20, 24]
 
 
+def test_losses_are_summed_in_float32_whatever_the_default_type_is():
+    """A sum in bfloat16 would stop to grow at about 256 times its summands."""
+    model, _ = tiny.adapted()
+    batches = tiny.data(batches=1, size=1)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        training = train(model, lambda epoch: batches * 600, lambda model, batch:
+                         0 * tiny.loss_of(model, batch) + 0.75, epochs=1, lr=1e-2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert training.line["loss"] == pytest.approx(0.75, rel=1e-4)
+
+
 class Transfers(TorchDispatchMode):
     """Counts where a value of a tensor is asked for one by one: item(), float(), bool()."""
 
