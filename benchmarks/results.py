@@ -78,7 +78,7 @@ QUESTIONS = {  # arm: flags beside AFLoRA's; an arm's order of freezing is its f
 }
 SEEDS = range(3)  # of the quick preset's methods
 QUESTION_SEEDS = range(5)  # and of all of the full one
-FURTHER_SEEDS = range(5, 10)  # of AFLoRA and LoRA at the full one
+FURTHER_SEEDS = range(5, 10)  # of all of the full one, too: on these nothing was chosen by hand
 ROWS_OF_QUESTIONS = [(arm, arm, QUESTION_SEEDS) for arm in QUESTIONS]  # as rows_of_methods()
 SEARCH_SEED = 100
 LOAD_TASK = text.load_task
@@ -209,8 +209,10 @@ def command_of(task, arm, seed, lr=None):
         return f"examples/freezenet.py --rank 4 {own}"
     if arm in QUESTIONS:
         own = f"{QUESTIONS[arm]} {own}"
-    if arm in ("head only", "full"):
+    if arm == "head only" or (arm == "full" and PRESET == "quick"):
         own += f" --head-lr {rate}"
+    elif arm == "full":  # one rate of the head for all methods
+        own += f" --head-lr {companion.RECIPES[recipe_name(), task]['head_lr']}"
     if lr and PRESET == "quick":
         own += f" --limit {SEARCH_ROWS[task]}"
     flags = methods()[AFLORA if arm in QUESTIONS else arm][0]
@@ -282,8 +284,22 @@ def seed_cells(task, arms, seeds):
     return [(task, arm, seed) for seed in seeds for arm in arms]
 
 
+def check_precision(task):
+    """Ends the script where this task's cells were computed in another precision than here: one
+    mean of both would say nothing."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    here = companion.choose_precision("auto", device)
+    cells = [json.loads(path.read_text()) for path in FOLDER.glob(f"*{task}-*.json")]
+    there = {cell["precision"] for cell in cells} - {here}
+    if there:
+        sys.exit(f"{FOLDER} has {task} in {', '.join(there)}, this machine computes in {here}: "
+                 "move those files to another folder first")
+
+
 def run_everything(tasks, jobs):
     """Runs the tasks' cells, `jobs` at once."""
+    for task in tasks:
+        check_precision(task)
     processes = torch.multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, processes, use_preset, (PRESET,)) as pool:
         for task in tasks:
@@ -299,7 +315,7 @@ def run_task(task, pool):
         return
     run_all(seed_cells(task, [AFLORA, *QUESTIONS], QUESTION_SEEDS), pool)
     if PRESET == "full":
-        run_all(seed_cells(task, GROUPS[0], FURTHER_SEEDS), pool)
+        run_all(seed_cells(task, methods(), FURTHER_SEEDS), pool)
 
 
 # --------------------------------------------------------------------------------------- tables
@@ -334,7 +350,7 @@ def rows_of_methods():
     """(name, arm, seeds) of the rows of the preset's main table."""
     rows = [(arm, arm, method_seeds()) for arm in methods()]
     if PRESET == "full":
-        rows += [(f"{arm}, seeds 5 to 9", arm, FURTHER_SEEDS) for arm in GROUPS[0]]
+        rows += [(f"{arm}, seeds 5 to 9", arm, FURTHER_SEEDS) for arm in methods()]
     return rows
 
 
@@ -426,6 +442,8 @@ def main():
     parser.add_argument("--task", choices=TASKS, help="default: both")
     parser.add_argument("--jobs", default=JOBS, type=int, help="cells at once")
     args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error("--jobs: at least 1")
     tasks = [args.task] if args.task else TASKS
     presets = PRESETS if args.table else (PRESET,)
     for preset in [args.preset] if args.preset else presets:

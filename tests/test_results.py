@@ -58,7 +58,8 @@ def search_with(task, arm, accuracies):
     results.FOLDER.mkdir(exist_ok=True)
     for lr, accuracy in zip(results.methods()[arm][1], accuracies):
         path = results.path_of(task, arm, results.SEARCH_SEED, lr)
-        path.write_text(json.dumps({"lr": lr, "accuracy": accuracy}))
+        cell = {"lr": lr, "accuracy": accuracy, "precision": "fp32"}
+        path.write_text(json.dumps(cell))
 
 
 def test_a_rate_of_the_full_preset_is_chosen_without_dev(cells, folder):
@@ -102,6 +103,39 @@ def test_the_quick_preset_searches_on_fewer_rows(cells):
     results.use_preset("full")
     command = results.command_of("mrpc", AFLORA, results.SEARCH_SEED, 1e-2)
     assert command.endswith("--preset full --seed 100 --lr 0.01")
+
+
+def test_whose_head_has_which_rate(cells):
+    """At the full budget the recipe's for all, but where the head is all that trains."""
+    cells("full")
+    assert results.command_of("mrpc", "full", 0, 2e-4).endswith("--lr 0.0002 --head-lr 0.001")
+    assert results.command_of("mrpc", "head only", 0, 5e-3).endswith("--lr 0.005 --head-lr 0.005")
+    assert "--head-lr" not in results.command_of("mrpc", AFLORA, 0, 1e-2)  # the recipe's
+    results.use_preset("quick")
+    assert "--lr 0.0002 --head-lr 0.0002" in results.command_of("mrpc", "full", 0, 2e-4)
+
+
+def test_one_mean_is_of_one_precision(cells, monkeypatch):
+    """Cells that another machine computed in bf16 are not continued in fp32."""
+    cells("full")
+    monkeypatch.setattr(companion, "choose_precision", lambda amp, device: "fp32")
+    monkeypatch.setattr(results, "run_task", lambda task, pool: None)
+    results.FOLDER.mkdir()
+    for arm, precision in (("lora-r-8", "fp32"), ("full", "bf16")):
+        path = results.FOLDER / f"search-mrpc-{arm}-0.001.json"
+        path.write_text(json.dumps({"precision": precision}))
+    results.check_precision("sst2")
+    with pytest.raises(SystemExit, match="has mrpc in bf16, this machine computes in fp32"):
+        results.run_everything(["sst2", "mrpc"], 1)
+    path.unlink()
+    results.check_precision("mrpc")
+
+
+def test_no_job_is_a_wrong_number_of_jobs(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["results.py", "--jobs", "0"])
+    with pytest.raises(SystemExit):
+        results.main()
+    assert "--jobs: at least 1" in capsys.readouterr().err
 
 
 def test_the_best_rate_is_taken_of_equal_ones_the_lower(cells):
@@ -161,7 +195,8 @@ def test_cells_run_in_their_order_and_each_once(cells, monkeypatch):
     methods = [places["mrpc", arm, 4] for arm in results.METHODS]
     questions = [places["mrpc", arm, 0] for arm in results.QUESTIONS]
     assert max(methods) < min(questions)
-    assert {seed for _, arm, seed, *_ in order if arm == "lora r=8"} == {*range(10), 100}
+    for method in results.METHODS:
+        assert {seed for _, arm, seed, *_ in order if arm == method} == {*range(10), 100}
 
 
 def test_only_cells_without_a_file_run(cells, monkeypatch):
@@ -187,6 +222,7 @@ def test_only_cells_without_a_file_run(cells, monkeypatch):
     monkeypatch.setattr(results, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(results, "as_completed", lambda cells: [])
     search_with("mrpc", AFLORA, (70, 80))
+    monkeypatch.setattr(companion, "choose_precision", lambda amp, device: "fp32")
     monkeypatch.setattr(results, "run_task", lambda task, pool: results.run_all(
         results.search_cells(task, [AFLORA]), pool))
     results.run_everything(["mrpc"], 7)
@@ -318,6 +354,15 @@ def test_the_front_page_s_sentences_have_the_numbers_of_the_files(committed):
     assert f"Five seeds in fp32 say {mean} ± {error} (" in page
     mean, error, _ = apart("ranks", "aflora r=16", results.QUESTION_SEEDS)
     assert f"{mean} ± {error} above rank 4" in page
+    corrected = results.corrected_p_values(results.rows_of_methods())
+    assert f"(± standard error; p {corrected['mrpc', 'lora r=8']:.2f};" in page
+    mean, _, _ = apart("quick", "lora r=8", results.SEEDS)
+    corrected = results.corrected_p_values(results.rows_of_methods())
+    assert len(corrected) == 10
+    assert (f"LoRA is {mean} points above AFLoRA (p {corrected['mrpc', 'lora r=8']:.2f} after "
+            "Holm's correction for ten comparisons)") in page
+    corrected = results.corrected_p_values(results.ROWS_OF_QUESTIONS)
+    assert f"(least p of {len(corrected)}: {min(corrected.values()):.2f})" in page
     mean, error, p = apart("full", "lora r=8", results.FURTHER_SEEDS)
     assert f"difference {mean} ± {error}, p {p}: not settled)" in page
     assert float(p) >= 0.05
@@ -352,6 +397,7 @@ def test_committed_runs_are_whole_and_of_no_machine(committed):
     paths = [path for preset in results.PRESETS
              for path in sorted(ROOT.glob(f"results/{preset}/*.json"))]
     assert len(paths) > 150
+    precisions = {}  # of a preset's task
     for path in paths:
         text = path.read_text(encoding="utf-8")
         cell = json.loads(text)
@@ -361,4 +407,6 @@ def test_committed_runs_are_whole_and_of_no_machine(committed):
         assert cell["preset"] == results.recipe_name()
         assert not re.search(r'[" ]/\w+/', text)  # an absolute path
         assert cell["accuracy"] == cell["history"][-1]["accuracy"]
+        assert precisions.setdefault((path.parent, cell["task"]), cell["precision"]) == \
+            cell["precision"]
         assert ("scored_on" in cell) == bool(lr and results.PRESET != "quick")
