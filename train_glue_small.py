@@ -210,8 +210,9 @@ def hold_frozen_weights(encoder, precision):
 def adapt(model, args, rank):
     """Adds to a classifier what the method trains besides the head. Gives {name: AFLoRALinear}."""
     if args.method in ("full", "head"):
-        saved = ["head", "encoder"] if args.method == "full" else ["head"]
-        return aflora.add_adapters(model, (), modules_to_save=saved)
+        layers = aflora.add_adapters(model, (), modules_to_save=["head"])
+        model.encoder.requires_grad_(args.method == "full")
+        return layers
     groups = {"ffn": FFN, "attention": ATTENTION, "all": "all", "none": ()}
     trained = groups[args.train_matrices] if args.method == "aflora" else "all"
     layers = aflora.add_adapters(
@@ -244,7 +245,7 @@ METHODS = {
     "lora": dict(rank=8, lr=1e-3),
     "elora": dict(rank=1024, lr=1e-2),
     "full": dict(lr=1e-4, head_lr=1e-4),
-    "head": dict(lr=2e-3, head_lr=2e-3),
+    "head": dict(lr=2e-3),
 }
 VERSIONS = {
     "python": sys.version.split()[0],
@@ -260,10 +261,13 @@ def choose_recipe(name, args, device):
         preset = "full" if device.type == "cuda" else "quick"
     recipe = RECIPES[preset, name] | METHODS[args.method]
     recipe |= {key: value for key, value in vars(args).items() if key in recipe}
-    if args.method != "aflora":  # the others freeze nothing
+    if args.method != "aflora" or args.train_matrices == "none":  # nothing freezes
         recipe |= dict(t_i=None, t_f=None)
     if args.method in ("full", "head"):  # and these have no adapters
         recipe["rank"] = None
+    if args.method == "head":  # it alone trains: --lr and --head-lr are one
+        recipe["head_lr"] = getattr(args, "head_lr", recipe["lr"])
+        recipe["lr"] = recipe["head_lr"]
     for key in ("limit", "epochs", "batch_size"):
         if recipe[key] is not None:
             aflora.whole(f"--{key.replace('_', '-')}", recipe[key], 1)
@@ -370,7 +374,7 @@ class Run:
 
     def make_freezer(self):
         """AFLoRA's freezer, with t_i and t_f in steps; None if there is no A or B to freeze."""
-        if self.args.method != "aflora" or self.args.train_matrices == "none":
+        if self.recipe["t_i"] is None:
             return None
         T = self.total_steps
         with blame("--t-i and --t-f are shares of the steps"):
@@ -500,8 +504,8 @@ class Run:
             method=args.method,
             preset=self.preset,
             seed=args.seed,
-            sensitivity=args.sensitivity,
-            train_matrices=args.train_matrices,
+            sensitivity=args.sensitivity if freezer else None,
+            train_matrices=args.train_matrices if args.method == "aflora" else None,
             data=f"{self.task.title}: {self.task.source}",
             weights=self.weights,
             accuracy=last["accuracy"],
@@ -563,18 +567,16 @@ def freeze_map(model, frozen_at, first, last):
     """Matrices x layers as text: a shade shows when, from step `first` to `last`, each froze."""
     shades = "░▒▓█"
     edges = [round(first + (last - first) * i / 4) for i in range(5)]
-    marks = {name: "+" if p.requires_grad else "·" for name, p in model.named_parameters()}
-    for name, step in frozen_at.items():
-        marks[name] = shades[bisect.bisect(edges[1:4], step)]
+    marks = {name: shades[bisect.bisect(edges[1:4], step)] for name, step in frozen_at.items()}
     layers = range(len(model.encoder.layers))
     lines = ["freeze map: matrix \\ layer" + "".join(f"{i:3}" for i in layers)]
     for module in ATTENTION + FFN:
         for matrix in "AB":
-            cells = [marks[f"encoder.layers.{i}.{module}.lora_{matrix}"] for i in layers]
+            cells = [marks.get(f"encoder.layers.{i}.{module}.lora_{matrix}", "·") for i in layers]
             title = f"{module}.{matrix}"
             lines.append(f"{title:>26}  " + "  ".join(cells))
     spans = [f"{shade} {a}-{b}" for shade, a, b in zip(shades, edges, edges[1:])]
-    legend = "  ".join([*spans, "  · never trained", "  + never frozen"])
+    legend = "  ".join([*spans, "  · never trained"])
     return "\n".join([*lines, f"frozen after step: {legend}"])
 
 
@@ -595,7 +597,8 @@ def make_parser():
         epilog=f"Recipes: {RECIPES} {METHODS}")
     flag = parser.add_argument
     flag("--task", default="both", choices=("sst2", "mrpc", "both"), help="the data to train on")
-    flag("--method", default="aflora", choices=METHODS, help="what trains")
+    flag("--method", default="aflora", choices=METHODS,
+         help="what trains; to compare methods take the rates of results/README.md")
     flag("--preset", default="auto", choices=("auto", "quick", "full"), help="auto: full on CUDA")
     flag("--sensitivity", default="gradient-weight",
          choices=("gradient-weight", "gradient", "weight"), help="equation (2) of the score")

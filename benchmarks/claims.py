@@ -22,7 +22,7 @@ import torch  # noqa: E402
 import results  # noqa: E402
 from aflora import AdaptiveFreezer, add_adapters  # noqa: E402
 from results import AFLORA, QUESTION_SEEDS, SEEDS, TASKS, spread  # noqa: E402
-from train_glue_small import ATTENTION, FFN, as_lora  # noqa: E402
+from train_glue_small import ATTENTION, FFN, as_lora, trainable  # noqa: E402
 
 LAYERS = 12  # DeBERTaV3-base
 HIDDEN = 768
@@ -41,11 +41,6 @@ def deberta(**options):
                    for name in ATTENTION + FFN}
         layers.append(torch.nn.ModuleDict(linears))
     return layers, add_adapters(layers, ATTENTION + FFN, **options)
-
-
-def trainable(model):
-    """How many parameters of a model train."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def place(name):

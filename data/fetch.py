@@ -95,6 +95,7 @@ def from_index(package):
     print(f"fetching {package} from the Python package index", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--no-deps"]
     command += ["--no-binary", "vaderSentiment"]  # its wheel lacks the reviews
+    command += ["--retries", "1"]  # not 5: without network every package is waited for
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([*command, "-d", folder, package], capture_output=True, text=True)
         if done.returncode != 0:
@@ -125,23 +126,26 @@ def download(address):
     return from_internet(address)
 
 
-UNREACHABLE = {}  # a host, or an address whose host answers: why. None is waited for twice.
+# {a host, or an address whose host answers: what failed and why}. None is waited for twice.
+UNREACHABLE = {}
 
 
 def ask(source):
     """The bytes at a source's address. Raises a ConnectionError that says what failed and why."""
     address = source.address
-    host = urllib.parse.urlsplit(address).netloc or address.partition(":")[0]
+    # For pip the address stands for a host: an index without one package may have another
+    host = urllib.parse.urlsplit(address).netloc or address
     for place in (host, address):
         if place in UNREACHABLE:
-            raise ConnectionError(f"{place}: {UNREACHABLE[place]}")
+            raise ConnectionError(UNREACHABLE[place])
     try:
         return download(address)
     except (OSError, http.client.HTTPException, ValueError) as error:
         host_answers = isinstance(error, urllib.error.HTTPError)
         place = address if host_answers else host
-        UNREACHABLE[place] = str(error)
-        raise ConnectionError(f"{place}: {error}") from error
+        shown = "pip" if place.startswith("pip:") else place
+        UNREACHABLE[place] = f"{shown}: {error}"
+        raise ConnectionError(UNREACHABLE[place]) from error
 
 
 def unpack(data, source):

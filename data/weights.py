@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from aflora import AFLoRAError, blame, expect_equal
+from aflora import AFLoRAError, blame, expect_equal, whole
 
 RENAMED = {  # names in Hugging Face's checkpoints -> names here; old ones have .gamma, .beta
     "module.": "", ".gamma": ".weight", ".beta": ".bias", "bert.": "", "encoder.layer.": "layers.",
@@ -28,6 +28,10 @@ def read_config(folder):
     with blame(path):
         config = SUPPORTED | json.loads(path.read_bytes())
         expect_equal(config, config | SUPPORTED)
+        hidden = config["hidden_size"]
+        heads = whole("num_attention_heads", config["num_attention_heads"], 1)
+        if hidden % heads != 0:
+            raise AFLoRAError(f"num_attention_heads {heads} does not divide hidden_size {hidden}")
     return config
 
 

@@ -133,6 +133,8 @@ def train_task(args, device):
         weight_decay=0.01)
     if RANK == 0:  # a folder that cannot be made is told now, not behind the training
         Path(args.out).mkdir(parents=True, exist_ok=True)
+        for name in ("log.jsonl", "freeze_map.txt"):  # of a run of the companion
+            Path(args.out, name).unlink(missing_ok=True)
     torch.manual_seed(args.seed + RANK)  # every process has its own dropout
     history = train(run, training)
 
@@ -152,9 +154,9 @@ def make_result(run, training, history):
     checksums = [None] * WORLD
     dist.all_gather_object(checksums, learned)
     freezer = run.freezer
-    return dict(
-        task=run.task.title, processes=WORLD,
-        batch_size=run.recipe["batch_size"],
+    return run.recipe | dict(
+        task=run.task.title, method=run.args.method, preset=run.preset, seed=run.args.seed,
+        precision=run.precision, processes=WORLD,
         ranks_equal=len(set(checksums)) == 1, bytes_per_step=training.sent[0],
         bytes_per_step_all_frozen=training.sent[-1],
         frozen_at=freezer.frozen_at if freezer else {}, history=history,

@@ -23,6 +23,7 @@ import io
 import math
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -173,11 +174,6 @@ def whole_values(model):
     return dict(sorted(values.items()))
 
 
-def trained_elements(model):
-    """How many values train."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
 def refuse_kept(model):
     """Raises AFLoRAError if elements of the network are frozen already."""
     if any(isinstance(module, Kept) for module in model.modules()):
@@ -242,7 +238,7 @@ def pack(model, seed):
     start = start_values(values, seed)
     now = end_to_end(values)
     positions = (now != end_to_end(start)).nonzero()[:, 0]
-    if len(positions) > trained_elements(model):
+    if len(positions) > companion.trainable(model):
         raise AFLoRAError(f"more values than train are not as seed {seed} grows them: call "
                           f"seed_weights(network, {seed}) before anything is frozen")
     file = io.BytesIO()
@@ -428,7 +424,7 @@ def run(arm, factor, seed, epochs, folder):
         "arm": arm, "factor": factor, "seed": seed, "epochs": epochs, "lr": ARMS[arm][2],
         "accuracy": accuracies[-1], "best_accuracy": max(accuracies),
         "bytes": 4 * PARAMETERS if all_values else len(pack(model, seed)),
-        "trained": trained_elements(model), "precision": precision, "torch": torch.__version__,
+        "trained": companion.trainable(model), "precision": precision, "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
 
 
@@ -465,9 +461,11 @@ class OneShotRun(companion.Run):
 
     def prepare(self):
         super().prepare()
+        if self.args.keep is not None:  # t_i and t_f decide the default alone
+            self.recipe |= {"t_i": None, "t_f": None}
         self.recipe["keep"] = self.choose_matrices(self.args.keep)
         self.freezer = None
-        self.trainable_start = trained_elements(self.model.encoder)
+        self.trainable_start = companion.trainable(self.model.encoder)
 
     def choose_matrices(self, keep):
         """Leaves a share of the elements of AFLoRA's A and B trainable, instead of freezing later.
@@ -498,7 +496,8 @@ class OneShotRun(companion.Run):
         return keep
 
     def make_result(self, training):
-        return super().make_result(training) | {"method": "freezenet"}
+        ours = {"method": "freezenet", "sensitivity": self.args.sensitivity}
+        return super().make_result(training) | ours
 
     def save_adapter(self):
         make_whole(self.model)
@@ -516,7 +515,8 @@ def compare_on_text(args):
 
 # ------------------------------------------------------------------------------- the command line
 def main(argv=None):
-    """The command line, see --help. Returns 0, or 2 after an error that the user can mend."""
+    """The command line, see --help. 0; 2 after an error the user can fix; 130 if interrupted."""
+    warnings.formatwarning = companion.format_warning
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--task", default="mnist", choices=("mnist", "sst2", "mrpc"))
     first.add_argument("--keep", type=float)
@@ -535,6 +535,8 @@ def main(argv=None):
     except (AFLoRAError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -551,7 +553,9 @@ def parse_mnist(flags):
     flag("--data", default=os.environ.get("AFLORA_DATA"), help="folder with MNIST/; None: fetch")
     flag("--jobs", type=int, default=os.cpu_count(), help="runs at once, one core each")
     flag("--out", help="results file; %(default)s: results/freezenet_mnist[_quick].jsonl")
-    return parser.parse_args(flags)
+    args = parser.parse_args(flags)
+    aflora.whole("--jobs", args.jobs, 1)
+    return args
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import torch
 
 import train_glue_small as glue
+from data.text import load_task
 from processes import ForkedScript
 
 MATRICES = [f"encoder.layers.{i}.{module}.lora_{matrix}" for i in range(2)
@@ -19,6 +20,14 @@ def run_main(folder, flags="", task="sst2"):
     """
     return glue.main(["--task", task, "--model", str(folder), "--data", str(folder),
                       "--out", str(folder / "out"), *flags.split()])
+
+
+def prepared_run(folder, flags="", task="sst2"):
+    """The companion's Run for such flags, on the CPU, as it is just before it trains."""
+    args = glue.parse(["--model", str(folder), "--out", str(folder / "out"), *flags.split()])
+    device = torch.device("cpu")
+    precision = glue.choose_precision(args.amp, device)
+    return glue.Run(task, args, load_task(task, folder), device, precision)
 
 
 def run_script(folder, *flags):

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tiny
 import train_glue_small as glue
 from aflora import AFLoRAError
+from data.weights import read_weights
 
 CPU = torch.device("cpu")
 
@@ -236,6 +237,8 @@ BAD_CONFIGS = {
     "another activation": changed_config(hidden_act="relu"),
     "other positions": changed_config(position_embedding_type="relative_key"),
     "no width": changed_config(hidden_size=None),
+    "heads that do not divide the width": changed_config(num_attention_heads=5),
+    "no heads": changed_config(num_attention_heads=0),
 }
 BAD_VOCABULARIES = {
     "missing": None,
@@ -273,6 +276,28 @@ def test_bad_model_files(folder, monkeypatch, capsys, file, content):
     assert message.startswith("error: ") and message.count("\n") == 1
     assert file in message
     assert sorted(folder.rglob("*")) == there
+
+
+@pytest.mark.parametrize("kind, dtype", [
+    ("F64", torch.float64), ("F32", torch.float32), ("F16", torch.float16),
+    ("BF16", torch.bfloat16), ("I64", torch.int64), ("I32", torch.int32), ("I16", torch.int16),
+    ("I8", torch.int8), ("U8", torch.uint8), ("BOOL", torch.bool)])
+def test_every_type_in_a_file_of_weights(tmp_path, kind, dtype):
+    """The tensors of a .safetensors file have the type, shape and values that it names."""
+    tensor = torch.tensor([[0, 1, 2], [3, 4, 5]]).to(dtype)
+    content = tiny.safetensors({"a": tensor.view(torch.uint8)}, dtype=kind, shape=[2, 3])
+    (tmp_path / "model.safetensors").write_bytes(content)
+    there = read_weights(tmp_path / "model.safetensors")
+    assert there.keys() == {"a"} and there["a"].dtype == dtype
+    assert torch.equal(there["a"], tensor)
+
+
+def test_float64_weights_are_used_in_float32(folder):
+    """Hugging Face's files may hold them."""
+    tensors = {name: tensor.double() for name, tensor in tiny.checkpoint().items()}
+    (folder / "model.safetensors").write_bytes(tiny.safetensors(tensors, dtype="F64"))
+    weight = glue.Bert.load(folder).layers[1].output.weight
+    assert torch.equal(weight, tiny.checkpoint()["encoder.layer.1.output.dense.weight"])
 
 
 @pytest.mark.parametrize("vocabulary, what", [

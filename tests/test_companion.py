@@ -3,9 +3,12 @@
 import copy
 import hashlib
 import io
+import json
 import re
 import statistics
+import sys
 import tarfile
+import types
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,8 @@ import torch
 import aflora
 import tiny
 import train_glue_small as glue
-from companion import (MATRICES, adapter_of, contents, log_of, result_of, run_main, run_script)
+from companion import (MATRICES, adapter_of, contents, log_of, prepared_run, result_of, run_main,
+                       run_script)
 from data import fetch as sources
 from data.text import load_task
 
@@ -89,6 +93,7 @@ def test_help_without_docstrings(capsys):
     said = capsys.readouterr().out
     for flag in ("--task", "--resume", "--t-i", "--head-lr", "--checkpoint-every"):
         assert flag in said
+    assert "take the rates of results/README.md" in " ".join(said.split())
 
 
 @pytest.mark.parametrize("method", ["aflora", "lora", "elora", "full", "head"])
@@ -109,6 +114,12 @@ def test_methods(folder, method):
     frozen = ffn if method == "aflora" else 0
     assert result["trainable_end"] == result["trainable_start"] - frozen
     assert result["method"] == method
+    used = [result[name] for name in ("t_i", "t_f", "sensitivity", "train_matrices")]
+    if method == "aflora":
+        assert used == [0.1, 0.4, "gradient-weight", "ffn"]
+    else:  # these did nothing, and nothing froze
+        assert used == [None] * 4
+        assert result["trainable_average"] == result["trainable_start"]
 
     content = adapter_of(folder / "out")
     shapes = {(32, 32), (48, 32), (32, 48)}  # out, in
@@ -131,8 +142,12 @@ def test_methods(folder, method):
 def test_train_matrices(folder, groups, count):
     """Whose A and B train until they freeze; without any there is neither freezer nor map."""
     assert run_main(folder, f"--epochs 1 --train-matrices {groups}") == 0
-    frozen = result_of(folder / "out")["frozen_at"]
+    result = result_of(folder / "out")
+    frozen = result["frozen_at"]
     assert len(frozen) == count
+    assert result["train_matrices"] == groups
+    for name in ("sensitivity", "t_i", "t_f"):
+        assert (result[name] is None) == (groups == "none")
     for name in frozen:
         in_ffn = name.split(".")[3] in glue.FFN
         assert groups == "all" or in_ffn == (groups == "ffn")
@@ -158,7 +173,140 @@ def test_the_recipe(folder, task, flags, expected):
     assert {key: result[key] for key in expected} == expected
 
 
+FULL_SST2 = dict(
+    limit=None, epochs=10, batch_size=64, t_i=0.1, t_f=0.7, lr=4e-3, head_lr=2e-3, rank=4)
+FULL_MRPC = dict(
+    limit=None, epochs=8, batch_size=32, t_i=0.125, t_f=0.7, lr=1e-2, head_lr=1e-3, rank=4)
+QUICK_SST2 = dict(
+    limit=6000, epochs=3, batch_size=32, t_i=0.1, t_f=0.4, lr=4e-3, head_lr=2e-3, rank=4)
+QUICK_MRPC = dict(
+    limit=None, epochs=2, batch_size=16, t_i=0.1, t_f=0.4, lr=1e-2, head_lr=2e-3, rank=16)
+
+
+@pytest.mark.parametrize("device, preset, sst2, mrpc", [
+    ("cuda", "full", FULL_SST2, FULL_MRPC), ("cpu", "quick", QUICK_SST2, QUICK_MRPC)])
+def test_every_recipe(device, preset, sst2, mrpc):
+    """All values of each preset, which is taken by itself on such a device; the method's go before
+    them, and what a method does not use is None."""
+    recipes = {"sst2": sst2, "mrpc": mrpc}
+    methods = {
+        "aflora": {},
+        "lora": dict(rank=8, lr=1e-3, t_i=None, t_f=None),
+        "elora": dict(rank=1024, lr=1e-2, t_i=None, t_f=None),
+        "full": dict(rank=None, lr=1e-4, head_lr=1e-4, t_i=None, t_f=None),
+        "head": dict(rank=None, lr=2e-3, head_lr=2e-3, t_i=None, t_f=None),
+    }
+    assert glue.METHODS.keys() == methods.keys()
+    for method, own in methods.items():
+        for flags in ([], ["--preset", preset]):
+            args = glue.parse(["--method", method, *flags])
+            for task, recipe in recipes.items():
+                chosen = glue.choose_recipe(task, args, torch.device(device))
+                assert chosen == (preset, recipe | own)
+
+
+@pytest.mark.parametrize("flags, lr", [("", 2e-3), ("--lr 5e-3", 5e-3), ("--head-lr 5e-3", 5e-3),
+                                       ("--lr 1e-3 --head-lr 5e-3", 5e-3)])
+def test_a_head_alone_has_one_rate(flags, lr):
+    args = glue.parse(["--method", "head", *flags.split()])
+    _, recipe = glue.choose_recipe("mrpc", args, torch.device("cpu"))
+    assert recipe["lr"] == recipe["head_lr"] == lr
+
+
+def test_full_fine_tuning_has_two_rates(folder):
+    """--head-lr is the head's, --lr that of all else."""
+    run = prepared_run(folder, "--method full --lr 1e-4 --head-lr 1e-3")
+    groups = aflora.parameter_groups(
+        run.model, run.recipe["lr"], run.recipe["head_lr"], weight_decay=0.0)
+    rates = {p: group["lr"] for group in groups for p in group["params"]}
+    for name, p in run.model.named_parameters():
+        assert rates[p] == (1e-3 if name.startswith("head") else 1e-4)
+
+
+@pytest.mark.parametrize("cpu, precision", [
+    ("flags : fpu avx512f avx512_bf16 amx_tile", "bf16"),
+    ("flags : fpu amx_bf16", "bf16"),
+    ("Features : fp asimd bf16 i8mm", "bf16"),  # ARM's word
+    ("flags : fpu avx2 avx512f avx512bw avx512_fp16 amx_tile", "fp32"),
+    ("Features : fp asimd svebf16", "fp32"),
+    ("", "fp32"),
+])
+def test_the_precision_of_a_cpu(monkeypatch, cpu, precision):
+    """bf16 only where /proc/cpuinfo has a flag for products in it; elsewhere, and off Linux, fp32,
+    which would also be right, but slower."""
+    with monkeypatch.context() as patch:
+        patch.setattr(glue.Path, "read_text", lambda path: {"/proc/cpuinfo": cpu}[str(path)])
+        patch.setattr(sys, "platform", "linux")
+        chosen = [glue.choose_precision(amp, torch.device("cpu")) for amp in ("auto", "off")]
+        patch.setattr(sys, "platform", "darwin")
+        chosen.append(glue.choose_precision("auto", torch.device("cpu")))
+    assert chosen == [precision, "fp32", "fp32"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="unknown there")
+def test_peak_memory_is_in_bytes():
+    """A Python with torch takes more than 50 MB, and less than 100 GB."""
+    assert 50e6 < glue.peak_memory(torch.device("cpu")) < 100e9
+
+
 # ---------------------------------------------------------------------------- what flags reach
+@pytest.mark.parametrize("flags, dtype", [
+    ("--amp bf16", torch.bfloat16), ("--amp bf16 --method head", torch.bfloat16),
+    ("--amp bf16 --method full", torch.float32), ("--amp off", torch.float32)])
+def test_frozen_weights_are_held_in_the_compute_type(folder, flags, dtype):
+    """Those of linear layers; those that train are the file's, unrounded, and stay in float32."""
+    model = prepared_run(folder, flags).model
+    linears = [m for m in model.encoder.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linears) == 12
+    for linear in linears:
+        assert linear.weight.dtype == linear.bias.dtype == dtype
+    weight = tiny.checkpoint()["encoder.layer.1.output.dense.weight"]
+    assert torch.equal(linears[-1].weight, weight.to(dtype))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_adapters_that_change_a_prediction_are_told(folder, monkeypatch, capsys):
+    """Where they do not start at zero, which is feigned here, the line before training says so."""
+    def adapt(model, *arguments, real=glue.adapt):
+        layers = real(model, *arguments)
+        for p in model.head[-1].parameters():
+            p.data.neg_()
+        return layers
+
+    prepared_run(folder)
+    assert "with adapters (equal)" in capsys.readouterr().out
+    monkeypatch.setattr(glue, "adapt", adapt)
+    prepared_run(folder)
+    assert "with adapters (NOT EQUAL)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("positions, longest", [(6, 6), (150, 128)])
+def test_texts_are_cut_at_the_positions_or_at_128_tokens(folder, positions, longest):
+    """At the lower of both."""
+    tensors = tiny.checkpoint()
+    tensors["embeddings.position_embeddings.weight"] = torch.zeros(positions, 32)
+    (folder / "model.safetensors").write_bytes(tiny.safetensors(tensors))
+    config = tiny.CONFIG | {"max_position_embeddings": positions}
+    (folder / "config.json").write_text(json.dumps(config))
+    run = prepared_run(folder)
+    assert run.train_set.ids.shape[1] == run.dev_set.ids.shape[1] == longest
+
+
+def test_evaluation_and_checkpoints_are_not_timed(folder, monkeypatch):
+    """By a clock on which a step takes a second, and each other thing a hundred."""
+    passed = []
+    monkeypatch.setattr(glue, "time", types.SimpleNamespace(perf_counter=lambda: sum(passed)))
+    spy(monkeypatch, aflora.Training, "step", lambda *_: passed.append(1))
+    spy(monkeypatch, glue, "predict", lambda *_: passed.append(100))
+    spy(monkeypatch, aflora, "save_checkpoint", lambda *_: passed.append(100))
+    assert run_main(folder, "--epochs 2 --batch-size 4 --checkpoint-every 4") == 0
+    assert passed.count(100) == 6 + 4  # predictions; checkpoints after steps 4, 6, 8 and 12
+    result = result_of(folder / "out")
+    assert (result["seconds"], result["ms_per_step"]) == (12, 1000)
+    assert [line["seconds"] for line in log_of(folder / "out")] == [
+        line["step"] for line in log_of(folder / "out")]
+
+
 @pytest.mark.parametrize("kind", ["gradient-weight", "gradient", "weight"])
 def test_sensitivity_reaches_the_freezer_and_decay_is_a_hundredth(folder, monkeypatch, kind):
     seen = []
@@ -325,7 +473,8 @@ def test_the_freeze_map(folder, capsys):
     an edge on to before the next; attention matrices that never trained have a dot."""
     flags = "--epochs 10 --limit 20 --batch-size 2 --t-i 0.1 --t-f 0.1 --train-matrices all"
     assert run_main(folder, flags) == 0
-    frozen = result_of(folder / "out")["frozen_at"]
+    result = result_of(folder / "out")
+    frozen = result["frozen_at"]
     assert {30, 50, 70, 90} <= set(frozen.values())  # so that the edges themselves are tested
     text = (folder / "out/freeze_map.txt").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
@@ -340,21 +489,23 @@ def test_the_freeze_map(folder, capsys):
             shown[f"encoder.layers.{i}.{module}.lora_{matrix}"] = mark
     assert shown.keys() == frozen.keys() == set(MATRICES)
     spans = {"░": range(10, 30), "▒": range(30, 50), "▓": range(50, 70), "█": range(70, 91)}
+    average = 2 * (6 * 4 + 5 * 32 + 48)  # the vectors' values, which train in all 100 steps
     for name, step in frozen.items():
         assert step in spans[shown[name]], name
+        wide = name.endswith(("intermediate.lora_B", ".output.lora_A"))
+        average += 4 * (48 if wide else 32) * step / 100
+    assert result["trainable_average"] == pytest.approx(average)
 
 
-def test_never_trained_and_never_frozen_on_the_map(folder):
-    """A dot for what does not train, a plus for what trains to the end."""
+def test_never_trained_on_the_map(folder):
+    """A dot for what does not train; at the end all that does is frozen: there is no other mark."""
     model, _ = tiny.load_tiny(folder)
-    aflora.add_adapters(model, glue.ATTENTION + glue.FFN, train_matrices=["intermediate"])
-    frozen = {"encoder.layers.1.intermediate.lora_B": 40}
-    model.encoder.layers[1].intermediate.lora_B.requires_grad_(False)
-    rows = {line.split()[0]: line.split()[1:]
-            for line in glue.freeze_map(model, frozen, 10, 50).splitlines()[1:-1]}
-    assert rows.pop("intermediate.A") == ["+", "+"]
-    assert rows.pop("intermediate.B") == ["+", "█"]
-    assert len(rows) == 10 and all(marks == ["·", "·"] for marks in rows.values())
+    frozen = {f"encoder.layers.{i}.intermediate.lora_B": step for i, step in enumerate((10, 40))}
+    _, *lines, legend = glue.freeze_map(model, frozen, 10, 50).splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines}
+    assert rows.pop("intermediate.B") == ["░", "█"]
+    assert len(rows) == 11 and all(marks == ["·", "·"] for marks in rows.values())
+    assert legend.endswith("█ 40-50    · never trained")
 
 
 def test_t_i_and_t_f_may_fill_the_run(folder):

@@ -89,6 +89,9 @@ def test_two_processes_train_as_one(folder):
     results = []
     adapters = []
     without_dropout(folder)
+    (folder / "out2").mkdir()
+    for name in ("log.jsonl", "freeze_map.txt"):  # of another run
+        (folder / "out2" / name).touch()
     two = start_torchrun(folder, 2, *flags, "--out", "out2")
     one = start_alone(folder, *flags, "--out", "out1")
     for count, process in ((1, one), (2, two)):
@@ -106,7 +109,6 @@ def test_two_processes_train_as_one(folder):
     assert two["ranks_equal"]
     assert one["frozen_at"] == two["frozen_at"]
     assert len(two["frozen_at"]) == 8
-    assert one["batch_size"] == two["batch_size"] == 5
     assert one["steps"] == two["steps"] == 8 * 5
     matrices = 4 * 2 * 2 * 4 * (32 + 48)  # bytes of the FFN's A and B in two layers
     assert two["bytes_per_step_all_frozen"] == two["bytes_per_step"] - matrices
@@ -115,11 +117,33 @@ def test_two_processes_train_as_one(folder):
         assert epoch["loss"] == pytest.approx(expected["loss"], rel=1e-4)
         assert epoch["accuracy"] == expected["accuracy"]
 
+    assert sorted(os.listdir(folder / "out2")) == ["adapter.pt", "result.json"]
+    ran = dict(method="aflora", preset="quick", seed=0, precision="fp32", lr=4e-3, head_lr=2e-3,
+               epochs=8, batch_size=5, limit=21, rank=4, t_i=0.1, t_f=0.4)
+    assert two | ran == two
+
     one, two = adapters
     assert one["config"] == two["config"]
     assert one["values"].keys() == two["values"].keys()
     for name, value in one["values"].items():
         assert_close(two["values"][name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_the_bytes_on_the_page_are_those_of_minilm():
+    """What a step sends at the start, once all A and B are frozen, and of the head alone."""
+    config = tiny.CONFIG | dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=6)
+    args = glue.parse(["--task", "mrpc"])
+    _, recipe = glue.choose_recipe("mrpc", args, torch.device("cpu"))
+    with torch.device("meta"):
+        model = glue.BertClassifier(glue.Bert(config))
+        layers = glue.adapt(model, args, recipe["rank"])
+    freezer = AdaptiveFreezer(layers, 100, 10, 20)
+    start = 4 * glue.trainable(model)
+    matrices = 4 * sum(p.numel() for p in freezer.matrices.values())
+    head = 4 * glue.trainable(model.head)
+    page = " ".join((EXAMPLES / "README.md").read_text(encoding="utf-8").split())
+    assert (f"a step sends {start:,} bytes at the start and {start - matrices:,} once every matrix "
+            f"is frozen; {head:,} of these belong to the head") in page
 
 
 @pytest.mark.parametrize("other, alike", [(0, True), (1, False)])

@@ -246,6 +246,26 @@ def test_a_host_that_lacks_one_file_is_asked_for_the_next(monkeypatch):
         fetch("x/file")
 
 
+def test_an_index_that_lacks_one_package_is_asked_for_the_next(monkeypatch):
+    """For the same package it is not asked again."""
+    asked = []
+
+    def download(address):
+        asked.append(address)
+        if address == "pip:lacking==1":
+            raise OSError("no such package")
+        return b"content"
+
+    monkeypatch.setattr(sources, "download", download)
+    for name in ("lacking", "there"):
+        monkeypatch.setitem(sources.FILES, name, (CONTENT, [Source(f"pip:{name}==1")]))
+    for _ in range(2):
+        with pytest.raises(ConnectionError, match=r"cannot be fetched \(pip: no such package\)"):
+            fetch("lacking")
+    assert fetch("there").read_bytes() == b"content"
+    assert asked == ["pip:lacking==1", "pip:there==1"]
+
+
 def test_without_network():
     """The error says which file is missing, why, and where it goes."""
     place = re.escape(str(sources.CACHE / sources.MRPC))
@@ -309,6 +329,7 @@ def test_the_reviews_come_from_the_source_package(monkeypatch):
     assert asked[-1] == place.removeprefix("pip:") == "vaderSentiment==3.3.2"
     assert asked[asked.index("--no-binary") + 1] == "vaderSentiment"
     assert "--no-deps" in asked
+    assert asked[asked.index("--retries") + 1] == "1"  # without network five take long
 
 
 # --------------------------------------------------------------- the weights, and several runs

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -718,6 +719,9 @@ def test_one_shot_among_matrices(folder, monkeypatch, flags, share):
     for key in ("trainable_start", "trainable_end", "trainable_average"):
         assert result[key] == trained
     assert result["method"] == "freezenet" and result["frozen_at"] == {}
+    assert (result["sensitivity"], result["train_matrices"]) == ("gradient-weight", "ffn")
+    planned = (None, None) if "--keep" in flags else (0.1, 0.4)  # they decide the default
+    assert (result["t_i"], result["t_f"]) == planned
     assert result["keep"] == pytest.approx(float(share))
     assert sorted(path.name for path in (folder / "out").iterdir()) == [
         "adapter.pt", "log.jsonl", "result.json"]
@@ -789,6 +793,24 @@ def test_wrong_flags_of_one_shot(folder, capsys, flags, word):
     message, = capsys.readouterr().err.strip().splitlines()
     assert word in message
     assert not (folder / "out").exists()
+
+
+def test_ctrl_c_and_warnings_are_as_in_the_companion(monkeypatch):
+    """130, and a warning has neither a path nor a source line."""
+    def compare_on_mnist(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(warnings, "formatwarning", None)
+    monkeypatch.setattr(freezenet, "compare_on_mnist", compare_on_mnist)
+    assert freezenet.main([]) == 130
+    assert warnings.formatwarning("short") == "warning: short\n"
+
+
+def test_no_jobs_are_refused(capsys):
+    """One line that names the flag."""
+    assert freezenet.main(["--jobs", "0"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: --jobs is 0") and message.count("\n") == 1
 
 
 def test_flags_go_with_their_task(folder, capsys):

@@ -326,7 +326,7 @@ def rows_of(page, head):
 def test_the_readme_has_the_numbers_of_the_files(committed):
     """Its table of methods, at the quick preset."""
     results.use_preset("quick")
-    rows = rows_of("README.md", "| method | adapter parameters trained, average |")
+    rows = rows_of("README.md", "| method | trained beside the head, average |")
     assert len(rows) == len(results.METHODS)
     for name, trained, *scores in rows:
         arm = LABELS.get(name, name.lower())

@@ -173,6 +173,21 @@ def test_batches_are_alike_in_length_and_in_random_order(rows, tokenizer):
     assert (steps > 0).sum() > 20 and (steps < 0).sum() > 20
 
 
+def test_batches_are_cut_from_pools_of_fifty(rows, tokenizer):
+    """The rows of 50 batches, as the seed's order has them, are sorted by length and cut."""
+    examples = glue.Examples(rows, tokenizer)
+    order = torch.randperm(601, generator=torch.Generator().manual_seed(1000 * 3 + 2)).tolist()
+    groups = [rows.tolist() for rows in examples.batches(4, 3, 2).dataset]
+    for start in (0, 200, 400, 600):
+        pool = set(order[start:start + 200])
+        cut = [group for group in groups if group[0] in pool]
+        cut.sort(key=lambda group: [int(examples.lengths[i]) for i in group])
+        in_order = [i for group in cut for i in group]
+        assert set(in_order) == pool
+        lengths = [int(examples.lengths[i]) for i in in_order]
+        assert lengths == sorted(lengths)
+
+
 def test_collate_is_a_padding_loop(rows, tokenizer):
     """ids, segments and mask equal those of a plain loop over the rows asked for."""
     examples = glue.Examples(rows, tokenizer)
