@@ -276,6 +276,15 @@ def test_p_values_are_those_of_the_printed_tables(count, t, p):
     assert chance.p_value([-x for x in differences]) == pytest.approx(p, rel=1e-4)
 
 
+def test_spread_over_seeds():
+    """Mean and standard deviation of a sample; a value alone has no deviation that could stand."""
+    assert chance.spread([1.0]) == "1.0"
+    assert chance.spread([1.0, 2.0]) == "1.5 ± 0.7"  # the square root of 1 / 2
+    assert chance.spread([1000, 2000, 3000], ",.0f") == "2,000 ± 1,000"
+    assert chance.mean_and_deviation([3]) == (3, 0)
+    assert chance.mean_and_deviation([1, 3]) == pytest.approx((2, 2**0.5))
+
+
 def test_p_values_at_the_edges():
     assert chance.p_value([0.0, 0.0, 0.0]) == 1
     assert chance.p_value([-1.0, 1.0]) == pytest.approx(1)
