@@ -96,7 +96,7 @@ def go_on(folder, out, epochs):
 def content_of(folder):
     """What a finished run left, with all bits of its numbers, but for times and memory."""
     adapter = adapter_of(folder)
-    values = {name: (value.dtype, value.shape, value.numpy().tobytes())
+    values = {name: (value.dtype, value.shape, value.cpu().numpy().tobytes())
               for name, value in adapter.pop("values").items()}
     log = log_of(folder)
     result = result_of(folder)

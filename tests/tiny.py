@@ -75,7 +75,7 @@ def perturb(model):
     generator = torch.Generator().manual_seed(1)
     for layer in adapters_of(model).values():
         for p in layer.parameters(recurse=False):
-            p.data += 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            p.data += 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
 
 
 def run(model, layers, epochs=10, t_i=0.1, t_f=0.3, batches=None, freezer=None, **options):
