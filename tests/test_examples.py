@@ -307,7 +307,6 @@ def test_the_lines_for_the_trainer_run(tmp_path, monkeypatch):
     """What the page says to write around AFLoRATrainer: all matrices freeze, the adapter loads."""
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.chdir(tmp_path)
     import your_own_model as example
