@@ -19,7 +19,6 @@ import re
 import signal
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +32,7 @@ from aflora import AFLoRAError, blame
 from data.batches import Examples
 from data.fetch import model_folder
 from data.methods import as_elora, as_lora
+from data.script import status_of
 from data.text import load_tasks, load_tokenizer
 from data.weights import load_state, read_config
 
@@ -576,8 +576,8 @@ def freeze_map(model, frozen_at, first, last):
             title = f"{module}.{matrix}"
             lines.append(f"{title:>26}  " + "  ".join(cells))
     spans = [f"{shade} {a}-{b}" for shade, a, b in zip(shades, edges, edges[1:])]
-    legend = "  ".join([*spans, "  · never trained"])
-    return "\n".join([*lines, f"frozen after step: {legend}"])
+    legend = f"frozen after step: {'  '.join(spans)}    · never trained"
+    return "\n".join([*lines, legend])
 
 
 def peak_memory(device):
@@ -643,40 +643,29 @@ def parse(argv=None):
     return args
 
 
-def format_warning(message, *_):
-    """A warning without path and source line."""
-    return f"warning: {message}\n"
+def train_tasks(argv):
+    """Trains on each task that the flags name and whose texts can be had."""
+    args = parse(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = choose_precision(args.amp, device)
+    names = ["sst2", "mrpc"] if args.task == "both" else [args.task]
+    tasks, notes = load_tasks(names, args.data)
+    versions = [f"{package} {version}" for package, version in VERSIONS.items()]
+    for note in notes:
+        print(note)
+    print(", ".join(versions), f"device {device}", f"{torch.get_num_threads()} threads",
+          f"precision {precision}", f"seed {args.seed}", sep=", ")
+    for name in tasks:
+        run_folder(name, args)  # refuses now, not after the task before has been trained
+    for name, task in tasks.items():
+        Run(name, args, task, device, precision).train()
+    for note in notes:  # once more, below the results
+        print(note)
 
 
 def main(argv=None):
-    """The command line, see --help. 0; 2 after an error the user can fix; 130 if interrupted."""
-    if hasattr(sys.stdout, "reconfigure"):  # for a terminal without the freeze map's shades
-        sys.stdout.reconfigure(errors="replace")
-    warnings.formatwarning = format_warning
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        args = parse(argv)
-        precision = choose_precision(args.amp, device)
-        names = ["sst2", "mrpc"] if args.task == "both" else [args.task]
-        tasks, notes = load_tasks(names, args.data)
-        versions = [f"{package} {version}" for package, version in VERSIONS.items()]
-        threads = torch.get_num_threads()
-        for note in notes:
-            print(note)
-        print(*versions, f"device {device}", f"{threads} threads", f"precision {precision}",
-              f"seed {args.seed}", sep=", ")
-        for name in tasks:
-            run_folder(name, args)  # refuses now, not after the task before has been trained
-        for name, task in tasks.items():
-            Run(name, args, task, device, precision).train()
-        for note in notes:  # once more, below the results
-            print(note)
-    except (AFLoRAError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    """The command line, see --help. Returns what status_of() does."""
+    return status_of(train_tasks, argv)
 
 
 if __name__ == "__main__":

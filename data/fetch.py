@@ -37,6 +37,7 @@ from tqdm import tqdm
 if __name__ == "__main__":  # run as a script, it looks for aflora.py in the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from aflora import AFLoRAError, blame, write_file  # noqa: E402
+from data.script import status_of  # noqa: E402
 
 CACHE = Path(os.environ.get("AFLORA_CACHE") or "~/.cache/aflora").expanduser()
 
@@ -226,22 +227,22 @@ def have(title, *names):
     return True
 
 
-def main(argv=None):
-    """Fills the cache. Returns 0 if the companion has what it needs for a run, else 2."""
+def fill(argv):
+    """Fills the cache. Raises an error if the companion then lacks what it needs for a run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args(argv)
-    try:
-        sst2 = have("SST-2", SST2, SST2_DEV) or have(STAND_IN, SNIPPETS)
-        mrpc = have("MRPC", MRPC, MRPC_DEV)
-        for file in WEIGHTS:
-            print("weights:", fetch(f"{MODEL}/{file}"))
-        if not sst2 and not mrpc:
-            raise ConnectionError("no text to train on can be fetched: the lines above say why")
-    except (AFLoRAError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    sst2 = have("SST-2", SST2, SST2_DEV) or have(STAND_IN, SNIPPETS)
+    mrpc = have("MRPC", MRPC, MRPC_DEV)
+    for file in WEIGHTS:
+        print("weights:", fetch(f"{MODEL}/{file}"))
+    if not sst2 and not mrpc:
+        raise ConnectionError("no text to train on can be fetched: the lines above say why")
+
+
+def main(argv=None):
+    """The command line. Returns what status_of() does."""
+    return status_of(fill, argv)
 
 
 if __name__ == "__main__":

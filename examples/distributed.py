@@ -31,6 +31,7 @@ import aflora  # noqa: E402
 import train_glue_small as companion  # noqa: E402
 from aflora import AFLoRAError  # noqa: E402
 from data.fetch import model_folder  # noqa: E402
+from data.script import status_of  # noqa: E402
 from data.text import load_task  # noqa: E402
 
 RANK = int(os.environ.get("RANK", 0))
@@ -201,21 +202,22 @@ def join_process_group(args, device):
 
 
 def main(argv=None):
-    """The command line. Returns 0, or 2 after an error that the user can mend."""
+    """The command line. Returns what status_of() does."""
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all; errors go to stderr
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-        device = choose_device()
-        join_process_group(args, device)
-        train_task(args, device)
-    except (AFLoRAError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return status_of(train_together, sys.argv[1:] if argv is None else argv)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
+
+
+def train_together(argv):
+    """Joins the other processes and trains."""
+    args = parse(argv)
+    device = choose_device()
+    join_process_group(args, device)
+    train_task(args, device)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import io
 import math
 import os
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +38,7 @@ import freezenet_report as report  # noqa: E402
 import train_glue_small as companion  # noqa: E402
 from aflora import AFLoRAError, blame  # noqa: E402
 from data import fetch  # noqa: E402
+from data.script import status_of  # noqa: E402
 from data.text import load_task  # noqa: E402
 
 
@@ -515,29 +515,26 @@ def compare_on_text(args):
 
 # ------------------------------------------------------------------------------- the command line
 def main(argv=None):
-    """The command line, see --help. 0; 2 after an error the user can fix; 130 if interrupted."""
-    warnings.formatwarning = companion.format_warning
+    """The command line, see --help. Returns what status_of() does."""
+    return status_of(compare, argv)
+
+
+def compare(argv):
+    """Compares on MNIST, or trains the task that the flags name."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--task", default="mnist", choices=("mnist", "sst2", "mrpc"))
     first.add_argument("--keep", type=float)
     chosen, flags = first.parse_known_args(argv)
-    try:
-        if chosen.task == "mnist" and chosen.keep is not None:
-            raise AFLoRAError("--keep goes with --task sst2 or mrpc")
-        if chosen.task == "mnist":
-            compare_on_mnist(parse_mnist(flags))
-        else:
-            args = companion.parse([*flags, "--task", chosen.task])
-            there = getattr(args, "keep", chosen.keep)  # a stopped run's
-            aflora.expect_equal({"keep": there}, {"keep": chosen.keep})
-            args.keep = chosen.keep
-            compare_on_text(args)
-    except (AFLoRAError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    if chosen.task == "mnist" and chosen.keep is not None:
+        raise AFLoRAError("--keep goes with --task sst2 or mrpc")
+    if chosen.task == "mnist":
+        compare_on_mnist(parse_mnist(flags))
+        return
+    args = companion.parse([*flags, "--task", chosen.task])
+    there = getattr(args, "keep", chosen.keep)  # a stopped run's
+    aflora.expect_equal({"keep": there}, {"keep": chosen.keep})
+    args.keep = chosen.keep
+    compare_on_text(args)
 
 
 def parse_mnist(flags):
