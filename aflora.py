@@ -589,7 +589,9 @@ def parameter_groups(model, lr, head_lr, weight_decay):
 
 
 def check_same_model(model):
-    """Raises AFLoRAError if this is not the very model that add_adapters() was given."""
+    """Raises AFLoRAError if this is not the very model that add_adapters() was given, or has lost
+    or renamed adapters since: its file would fit no plain model.
+    """
     if "adapter_config" not in vars(model):
         raise AFLoRAError("add_adapters() was not called on this very model: call it on the whole "
                           "model, before torch.compile or DataParallel, and pass that model here")

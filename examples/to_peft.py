@@ -87,7 +87,7 @@ def demo():
 
 
 def main(arguments):
-    """The command line. Returns 0, or 2 after an error that the user can mend."""
+    """The command line. Returns 0, or 2 after an error that the user can fix."""
     try:
         if arguments:
             with aflora.blame(f"{' '.join(arguments)}, as ADAPTER BASE FOLDER CLASS"):

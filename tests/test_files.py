@@ -164,7 +164,7 @@ class Counting(nn.Module):
 
 
 def trained_with_norms(tmp_path):
-    """As trained(), but with LayerNorms that were let train by hand."""
+    """(a model whose LayerNorms trained, too, since the user let them, a path for its file)."""
     model, _ = tiny.adapted()
     for block in model.blocks:
         block.norm.requires_grad_(True)
