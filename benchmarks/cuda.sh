@@ -38,6 +38,7 @@ part step-minilm 150 python3 benchmarks/step.py --shape minilm --size 64x24 --pr
 part step-base 220 python3 benchmarks/step.py --shape base --size 64x128 --precision bf16 --rounds 8
 part epoch 240 python3 benchmarks/epoch.py --rounds 1
 wanted results && nvidia-cuda-mps-control -d > "$out/mps.log" 2>&1  # processes share the GPU better
-part results 600 python3 benchmarks/results.py --preset full --task sst2
+part results 600 python3 benchmarks/results.py --preset full --task mrpc
+part results-sst2 1500 python3 benchmarks/results.py --preset full --task sst2
 wanted results && echo quit | nvidia-cuda-mps-control >> "$out/mps.log" 2>&1
 part all-tests 600 env CUDA_VISIBLE_DEVICES=0 python3 -m pytest -q

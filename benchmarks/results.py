@@ -15,8 +15,8 @@ First a learning rate is chosen for every method and task, by the last epoch's a
 that is not reported. Full and ranks: on a fold, every tenth training row, which such a run does not
 train on; dev rows are not looked at. Quick: on dev, with fewer rows to train on.
 
---jobs N cells run at once, one thread each: as many as there are cores, on CUDA ten. They share the
-GPU better with the driver's multi-process service: `nvidia-cuda-mps-control -d` starts it.
+--jobs N cells run at once, one thread each: as many as there are cores, on CUDA up to 16. They share
+the GPU better with the driver's multi-process service: `nvidia-cuda-mps-control -d` starts it.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from data.fetch import STAND_IN  # noqa: E402
 PRESET = "full" if torch.cuda.is_available() else "quick"
 FOLDER = ROOT / "results" / PRESET
 PRESETS = ("quick", "full", "ranks")
-JOBS = 10 if torch.cuda.is_available() else os.cpu_count()
+JOBS = min(os.cpu_count(), 16) if torch.cuda.is_available() else os.cpu_count()
 TASKS = ("sst2", "mrpc")
 AFLORA = "aflora r=4"
 METHODS = {  # arm: flags of the companion, learning rates to choose from
@@ -63,8 +63,7 @@ RANKS = {  # the same for the preset of that name
     "lora r=8": ("--method lora", (1e-3, 2e-3, 4e-3)),
     "aflora r=8": ("--method aflora --rank 8", (1e-2, 1.4e-2, 2e-2)),
 }
-GROUPS = (  # in the order in which they run
-    (AFLORA, "lora r=8"), ("full", "elora r=1024", "elora r=4"), ("head only",))
+ORDER = (AFLORA, "lora r=8", "full", "elora r=1024", "elora r=4", "head only")  # they run in it
 ONE_SHOT = "one shot before"
 QUESTIONS = {  # arm: flags beside AFLoRA's; an arm's order of freezing is its first word
     "|grad|": "--sensitivity gradient",
@@ -307,15 +306,15 @@ def run_everything(tasks, jobs):
 
 
 def run_task(task, pool):
-    """The methods, a group after the other, then the questions."""
-    for arms in [RANKS] if PRESET == "ranks" else GROUPS:
-        run_all(search_cells(task, arms), pool)
-        run_all(seed_cells(task, arms, method_seeds()), pool)
-    if PRESET == "ranks":  # there are no questions
-        return
-    run_all(seed_cells(task, [AFLORA, *QUESTIONS], QUESTION_SEEDS), pool)
+    """The rates, the methods, then the questions."""
+    arms = RANKS if PRESET == "ranks" else ORDER
+    run_all(search_cells(task, arms), pool)
+    cells = seed_cells(task, arms, method_seeds())
     if PRESET == "full":
-        run_all(seed_cells(task, methods(), FURTHER_SEEDS), pool)
+        cells += seed_cells(task, arms, FURTHER_SEEDS)
+    if PRESET != "ranks":  # there are no questions
+        cells += seed_cells(task, [AFLORA, *QUESTIONS], QUESTION_SEEDS)
+    run_all([*dict.fromkeys(cells)], pool)  # each once: AFLoRA is in both
 
 
 # --------------------------------------------------------------------------------------- tables

@@ -190,7 +190,8 @@ class Arm:
     def __init__(self, adapt, shape, precision, batch):
         torch.manual_seed(0)
         config = SHAPES[shape]
-        task = Task(companion.BertClassifier(companion.Bert(config)))
+        with batch[0].device:  # drawing BERT-base's weights takes seconds on a CPU
+            task = Task(companion.BertClassifier(companion.Bert(config)))
         self.model, self.freezer = adapt(task, config, precision)
         self.model.to(batch[0].device).train()
         self.call = getattr(self.model, "base_model", self.model)  # PEFT's AdaLoRA: with its loss
@@ -414,7 +415,7 @@ def linear_flops():
     """The paper's ratio, linear layers of BERT-base: all are proportional to the tokens."""
     counts = {}
     for name in ("aflora start", "elora r=1024"):
-        arm = Arm(ARMS[name], "base", "fp32", make_batch(4, 16, "cpu"))
+        arm = Arm(ARMS[name], "base", "fp32", make_batch(4, 16))
         _, counts[name] = flops(arm)
     counts["ratio"] = counts["elora r=1024"] / counts["aflora start"]
     return counts

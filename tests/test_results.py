@@ -171,7 +171,7 @@ def test_a_cell_says_what_was_run_and_nothing_of_the_machine(cells, folder):
 
 
 def test_cells_run_in_their_order_and_each_once(cells, monkeypatch):
-    """AFLoRA and LoRA first, a search before what it chooses for, at last the questions."""
+    """The search, then seed by seed all methods, AFLoRA and LoRA first, at last the questions."""
     cells("full")
     order = []
 
@@ -185,9 +185,12 @@ def test_cells_run_in_their_order_and_each_once(cells, monkeypatch):
     searched = [(arm, lr[0]) for _, arm, _, *lr in order if lr]
     assert sorted(searched) == sorted((arm, lr) for arm, (_, rates) in results.METHODS.items()
                                       for lr in rates)
-    first = [(arm, seed) for _, arm, seed, *lr in order if not lr][:10]
-    assert first == [(arm, seed) for seed in range(5) for arm in (AFLORA, "lora r=8")]
-    places = {cell: i for i, cell in reversed(list(enumerate(order)))}
+    first = [(arm, seed) for _, arm, seed, *lr in order if not lr][:7]
+    assert first[:2] == [(AFLORA, 0), ("lora r=8", 0)]
+    assert {arm for arm, seed in first[:6]} == set(results.METHODS)
+    assert first[6] == (AFLORA, 1)
+    assert len(order) == len(set(order))
+    places = {cell: i for i, cell in enumerate(order)}
     for _, arm, seed, *lr in order:
         if not lr and arm in results.METHODS:
             last_rate = results.METHODS[arm][1][-1]
