@@ -4,6 +4,7 @@
     python benchmarks/results.py --table     the tables of what is done, as Markdown, of all presets
     ... --preset full --task mrpc            by default quick on a CPU, full on CUDA; both tasks
     ... --preset ranks --task mrpc           quick's rows and epochs: AFLoRA at three ranks, LoRA
+    ... --preset recipe --task mrpc          full's: AFLoRA with other epochs, head rates; fold only
 
 A preset's rows and epochs are the companion's, its results lie under results/PRESET: never mixed.
 A cell is one run of the companion (of the question "one shot before": of examples/freezenet.py)
@@ -12,11 +13,11 @@ thing from AFLoRA's run of the same seed (one shot before in two: what it keeps 
 Texts and weights as for train_glue_small.py.
 
 First a learning rate is chosen for every method and task, by the last epoch's accuracy with a seed
-that is not reported. Full and ranks: on a fold, every tenth training row, which such a run does not
-train on; dev rows are not looked at. Quick: on dev, with fewer rows to train on.
+that is not reported. Quick: on dev, with fewer rows to train on. The others: on a fold, every tenth
+training row, which such a run does not train on; dev rows are not looked at.
 
---jobs N cells run at once, one thread each: as many as there are cores, on CUDA up to 16. They share
-the GPU better with the driver's multi-process service: `nvidia-cuda-mps-control -d` starts it.
+--jobs N cells run at once, one thread each: as many as there are cores, on CUDA at most 16. These
+share the GPU better with the driver's multi-process service: `nvidia-cuda-mps-control -d`.
 """
 
 import argparse
@@ -45,7 +46,7 @@ from data.fetch import STAND_IN  # noqa: E402
 
 PRESET = "full" if torch.cuda.is_available() else "quick"
 FOLDER = ROOT / "results" / PRESET
-PRESETS = ("quick", "full", "ranks")
+PRESETS = ("quick", "full", "ranks", "recipe")
 JOBS = min(os.cpu_count(), 16) if torch.cuda.is_available() else os.cpu_count()
 TASKS = ("sst2", "mrpc")
 AFLORA = "aflora r=4"
@@ -63,6 +64,14 @@ RANKS = {  # the same for the preset of that name
     "lora r=8": ("--method lora", (1e-3, 2e-3, 4e-3)),
     "aflora r=8": ("--method aflora --rank 8", (1e-2, 1.4e-2, 2e-2)),
 }
+RECIPE = {  # the same: full's recipe, one thing changed
+    AFLORA: ("--method aflora --rank 4", (4e-3, 1e-2)),
+    "head's rate 5e-4": ("--method aflora --rank 4 --head-lr 5e-4", (4e-3,)),
+    "head's rate 2e-3": ("--method aflora --rank 4 --head-lr 2e-3", (4e-3,)),
+    "5 epochs": ("--method aflora --rank 4 --epochs 5", (4e-3,)),
+    "12 epochs": ("--method aflora --rank 4 --epochs 12", (4e-3,)),
+}
+ARMS = {"quick": METHODS, "full": METHODS, "ranks": RANKS, "recipe": RECIPE}
 ORDER = (AFLORA, "lora r=8", "full", "elora r=1024", "elora r=4", "head only")  # they run in it
 ONE_SHOT = "one shot before"
 QUESTIONS = {  # arm: flags beside AFLoRA's; an arm's order of freezing is its first word
@@ -94,16 +103,18 @@ def use_preset(name):
 
 def recipe_name():
     """The companion's name for the preset's rows and epochs."""
-    return "quick" if PRESET == "ranks" else PRESET
+    return {"ranks": "quick", "recipe": "full"}.get(PRESET, PRESET)
 
 
 def methods():
     """The preset's arms, each with its flags and rates."""
-    return RANKS if PRESET == "ranks" else METHODS
+    return ARMS[PRESET]
 
 
 def method_seeds():
     """The seeds of every method in the preset's main table."""
+    if PRESET == "recipe":
+        return ()
     return SEEDS if PRESET == "quick" else QUESTION_SEEDS
 
 
@@ -307,12 +318,12 @@ def run_everything(tasks, jobs):
 
 def run_task(task, pool):
     """The rates, the methods, then the questions."""
-    arms = RANKS if PRESET == "ranks" else ORDER
+    arms = ORDER if methods() is METHODS else methods()
     run_all(search_cells(task, arms), pool)
     cells = seed_cells(task, arms, method_seeds())
     if PRESET == "full":
         cells += seed_cells(task, arms, FURTHER_SEEDS)
-    if PRESET != "ranks":  # there are no questions
+    if methods() is METHODS:
         cells += seed_cells(task, [AFLORA, *QUESTIONS], QUESTION_SEEDS)
     run_all([*dict.fromkeys(cells)], pool)  # each once: AFLoRA is in both
 
