@@ -238,7 +238,7 @@ RECIPES = {
     ("full", "sst2"): dict(
         limit=None, epochs=10, batch_size=64, t_i=0.1, t_f=0.7, lr=4e-3, head_lr=2e-3, rank=4),
     ("full", "mrpc"): dict(
-        limit=None, epochs=8, batch_size=32, t_i=0.125, t_f=0.7, lr=1e-2, head_lr=1e-3, rank=4),
+        limit=None, epochs=8, batch_size=32, t_i=0.125, t_f=0.7, lr=4e-3, head_lr=1e-3, rank=4),
 }
 METHODS = {
     "aflora": {},
@@ -324,6 +324,7 @@ class Run:
         self.started = False  # true once the first step is done: then the folder is this run's
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of text
         self.introduce()
         self.prepare()
 

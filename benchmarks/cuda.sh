@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What only a GPU can show, the most important first; all parts take about half an hour.
+# What only a GPU can show, the most important first. Up to `results` it takes a quarter of an hour on an
+# H100, then SST-2's runs and all tests come, which are long.
 #
 #     pip install pytest transformers peft accelerate matplotlib
 #     bash benchmarks/cuda.sh                   all parts, or those that are named: tests sst2 mrpc
@@ -31,8 +32,6 @@ full="python3 train_glue_small.py --preset full"
 part tests 120 env CUDA_VISIBLE_DEVICES=0 python3 -m pytest -q tests/test_graphs.py
 part sst2 150 $full --task sst2 --out "$out/run-sst2"
 part mrpc 60 $full --task mrpc --out "$out/run-mrpc"
-# PyTorch may let cuDNN compute attention, which plans anew for each length of text: is it worth it?
-part mrpc-no-cudnn 60 env TORCH_CUDNN_SDPA_DEPRIORITIZED=1 $full --task mrpc --out "$out/run-mrpc-2"
 part diet 150 python3 benchmarks/diet.py
 part step-minilm 150 python3 benchmarks/step.py --shape minilm --size 64x24 --precision bf16
 part step-base 220 python3 benchmarks/step.py --shape base --size 64x128 --precision bf16 --rounds 8

@@ -35,6 +35,41 @@ def test_half_precision_base_and_autocast(dtype):
         assert (output.float() - expected).norm() < 0.03 * expected.norm()
 
 
+class OnCuda:
+    """What aligned() reads of a tensor on CUDA."""
+    is_cuda = True
+
+    def __init__(self, like):
+        self.dtype = like.dtype
+        self.itemsize = like.itemsize
+
+
+@pytest.mark.parametrize("rank, dtype, rows", [
+    (4, torch.bfloat16, 8), (16, torch.float16, 16), (9, torch.bfloat16, 16), (3, torch.float32, 4)])
+def test_rows_of_zeros_change_nothing(monkeypatch, rank, dtype, rows):
+    """On CUDA A and the folded B are filled up to multiples of 16 bytes: the same y, the same
+    gradients."""
+    torch.manual_seed(0)
+    layer = AFLoRALinear(nn.Linear(12, 10).to(dtype), rank)
+    tiny.perturb(layer)
+    x = torch.randn(2, 5, 12, dtype=dtype)
+    found = []
+    aligned = aflora.aligned
+    for padded in (False, True):
+        if padded:
+            monkeypatch.setattr(aflora, "aligned", lambda matrix, like: aligned(matrix, OnCuda(like)))
+        y = layer(x)
+        layer.zero_grad()
+        y.float().square().sum().backward()
+        found.append([y, *(p.grad for p in layer.parameters())])
+    A = aflora.aligned(layer.lora_A, x)
+    assert A.shape == (rows, 12)
+    assert A.dtype == dtype
+    assert A[:rank].equal(layer.lora_A.to(dtype))
+    assert not A[rank:].any()
+    torch.testing.assert_close(*found, rtol=2e-2 if dtype != torch.float32 else 1e-5, atol=1e-2)
+
+
 def saved_bytes(layer, x, sizes):
     """Bytes that autograd keeps of tensors with a number of elements in `sizes`."""
     kept = []

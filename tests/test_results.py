@@ -335,19 +335,24 @@ def rows_of(page, head):
     return [[cell.strip().replace(r"\|", "|") for cell in cells] for cells in cut]
 
 
+TEN_SEEDS = range(10)
+
+
 def test_the_readme_has_the_numbers_of_the_files(committed):
-    """Its table of methods, at the quick preset."""
-    results.use_preset("quick")
+    """Its table of methods: MRPC at the full budget, then both tasks at the quick preset."""
     rows = rows_of("README.md", "| method | trained beside the head, average |")
     assert len(rows) == len(results.METHODS)
     for name, trained, *scores in rows:
         arm = LABELS.get(name, name.lower())
-        sst2 = results.load("sst2", arm, results.SEEDS)
-        mrpc = results.load("mrpc", arm, results.SEEDS)
-        counts = [results.trained_on_average(cells) for cells in (sst2, mrpc)]
-        assert trained == " / ".join(dict.fromkeys(counts))
-        assert scores == [results.spread_of(sst2, "accuracy"), results.spread_of(mrpc, "accuracy"),
-                          results.spread_of(mrpc, "f1")]
+        results.use_preset("full")
+        full = results.load("mrpc", arm, TEN_SEEDS)
+        assert len(full) == 10
+        assert trained == results.trained_on_average(full)
+        expected = [results.spread_of(full, "accuracy"), results.spread_of(full, "f1")]
+        results.use_preset("quick")
+        for task in ("mrpc", "sst2"):
+            expected.append(results.spread_of(results.load(task, arm, results.SEEDS), "accuracy"))
+        assert scores == expected
 
 
 def apart(preset, arm, seeds):
@@ -360,48 +365,47 @@ def apart(preset, arm, seeds):
 
 
 def test_the_front_page_s_sentences_have_the_numbers_of_the_files(committed):
-    """The gap to LoRA in few epochs, and with eight of them."""
+    """What AFLoRA is apart from others with eight epochs on MRPC, and with few."""
     page = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    mean, error, p = apart("full", "lora r=8", TEN_SEEDS)
+    assert f"over ten seeds {mean} ± {error} (± standard error; p {p}) apart" in page
+    mean, error, p = apart("full", "elora r=1024", TEN_SEEDS)
+    assert f"{mean} ± {error} above ELoRA r=1024 (p {p})" in page
+    mean, error, p = apart("full", "elora r=4", TEN_SEEDS)
+    assert f"{mean} ± {error} above ELoRA of its own rank (p below 0.001)" in page
+    assert p == "0.00"
+    corrected = results.corrected_p_values(results.ROWS_OF_QUESTIONS)
+    assert f"at the full budget, of {len(corrected)}: {min(corrected.values()):.2f})" in page
     mean, error, _ = apart("ranks", "lora r=8", results.QUESTION_SEEDS)
-    assert f"Five seeds in fp32 say {mean} ± {error} (" in page
-    mean, error, _ = apart("ranks", "aflora r=16", results.QUESTION_SEEDS)
-    assert f"{mean} ± {error} above rank 4" in page
     corrected = results.corrected_p_values(results.rows_of_methods())
-    assert f"(± standard error; p {corrected['mrpc', 'lora r=8']:.2f};" in page
+    p = f"{corrected['mrpc', 'lora r=8']:.2f}"
+    assert f"Five seeds in fp32 say {mean} ± {error} (p {p};" in page
+    mean, error, _ = apart("ranks", "aflora r=16", results.QUESTION_SEEDS)
+    assert f"{mean} ± {error} above rank 4: not settled" in page
     mean, _, _ = apart("quick", "lora r=8", results.SEEDS)
     corrected = results.corrected_p_values(results.rows_of_methods())
     assert len(corrected) == 10
     assert (f"LoRA is {mean} points above AFLoRA (p {corrected['mrpc', 'lora r=8']:.2f} after "
             "Holm's correction for ten comparisons)") in page
     corrected = results.corrected_p_values(results.ROWS_OF_QUESTIONS)
-    assert f"(least p of {len(corrected)}: {min(corrected.values()):.2f})" in page
-    mean, error, p = apart("full", "lora r=8", results.FURTHER_SEEDS)
-    assert f"difference {mean} ± {error}, p {p}: not settled)" in page
-    assert float(p) >= 0.05
-    arms = [results.load("mrpc", arm, results.FURTHER_SEEDS) for arm in (AFLORA, "lora r=8")]
-    accuracies = [results.spread_of(cells, "accuracy") for cells in arms]
-    f1s = [results.spread_of(cells, "f1").split()[0] for cells in arms]
-    said = f"{' against '.join(accuracies)} of LoRA (F1 {' against '.join(f1s)}; seeds 5 to "
-    assert said in page
+    assert f"(least p of {len(corrected)}: {min(corrected.values()):.2f};" in page
 
 
 def test_the_short_table_of_questions_has_the_numbers_of_the_files(committed):
     """Differences and standard errors; p after Holm's correction is below 0.05 where it is bold."""
-    results.use_preset("quick")
-    corrected = results.corrected_p_values(results.ROWS_OF_QUESTIONS)
-    rows = rows_of("results/README.md", "| arm | trained on average | SST-2, difference |")
+    rows = rows_of("results/README.md", "| arm | trained on average | SST-2, quick |")
     assert [arm for arm, *_ in rows] == list(results.QUESTIONS)
-    for arm, trained, *cells in rows:
-        counts = []
-        for task, text, seeds in zip(("sst2", "mrpc"), cells[::2], cells[1::2]):
+    for column, preset, task in ((0, "quick", "sst2"), (2, "full", "mrpc")):
+        results.use_preset(preset)
+        corrected = results.corrected_p_values(results.ROWS_OF_QUESTIONS)
+        for arm, *cells in rows:
             runs, apart = results.paired(task, arm, results.QUESTION_SEEDS)
-            counts.append(results.trained_on_average(runs))
             mean, deviation = results.mean_and_deviation(apart)
             expected = f"{mean:+.2f} ± {deviation / len(apart) ** 0.5:.2f}"
             bold = corrected[task, arm] < 0.05
-            assert text == (f"**{expected}**" if bold else expected)
-            assert seeds == str(len(apart))
-        assert trained == " / ".join(dict.fromkeys(counts))
+            assert len(apart) == 5
+            assert cells[column] == results.trained_on_average(runs)
+            assert cells[column + 1] == (f"**{expected}**" if bold else expected)
 
 
 def test_committed_runs_are_whole_and_of_no_machine(committed):
