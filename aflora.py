@@ -107,15 +107,15 @@ class AFLoRALinear(nn.Module):
 
 
 def cast_by_autocast(x):
-    """x in the type in which autocast, if it is on, computes a linear layer."""
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+    """x in the type in which autocast, if it is on, computes a linear layer; it leaves float64."""
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def aligned(matrix, like):
-    """A matrix (r, n), contiguous, in the type of `like`. On CUDA rows of zeros are put below, until
-    r values fill 16 bytes: tensor cores read no less, and a rank of 4 in bf16 fills half of it.
+    """A matrix (r, n), contiguous, in the type of `like`. On CUDA rows of zeros are put below, until a
+    token's r values fill 16 bytes, as fast kernels for tensor cores want: 4 in bf16 fill half.
     """
     missing = -len(matrix) % (16 // like.itemsize)
     if like.is_cuda and missing:

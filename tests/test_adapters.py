@@ -33,6 +33,9 @@ def test_half_precision_base_and_autocast(dtype):
     expected = model(x)
     for output in (mixed, y):
         assert (output.float() - expected).norm() < 0.03 * expected.norm()
+    with torch.autocast("cpu", dtype):  # which leaves float64 alone
+        assert model.double()(x.double()).dtype == torch.float64
+    assert model.to("meta")(x.double().to("meta")).shape == expected.shape
 
 
 class OnCuda:
