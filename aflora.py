@@ -83,13 +83,14 @@ class AFLoRALinear(nn.Module):
         self.train(base.training)
 
     def forward(self, x, *args, **kwargs):
-        x = cast_by_autocast(x)  # once: the base and A would each do it
+        if type(self.base) is nn.Linear:  # another base may need x as it is
+            x = cast_by_autocast(x)  # once: the base and A would each do it
         tokens = x.reshape(-1, x.shape[-1])  # (tokens, in): all leading dimensions in one
         y = self.base(tokens.view(x.shape), *args, **kwargs)  # W0 X; A reads the same memory
-        h = F.linear(tokens, aligned(self.lora_A, x)).to(y.dtype)  # A X, (tokens, r)
+        h = F.linear(tokens, aligned(self.lora_A, x).to(x.dtype)).to(y.dtype)  # A X, (tokens, r)
         # Both vectors are folded into the thin B. The gradient of s_b needs what s_b multiplies. In
         # the order of (1) that is tokens x out activations, kept for backward; here it is r x out.
-        folded_B = aligned(self.s_d[:, None] * self.lora_B.T * self.s_b, y)
+        folded_B = aligned(self.s_d[:, None] * self.lora_B.T * self.s_b, x).to(y.dtype)
         # (1)  Y = W0 X + L_b B L_d A X, that is y + h @ folded_B as one product
         return torch.addmm(y.reshape(-1, y.shape[-1]), h, folded_B).view(y.shape)
 
@@ -107,20 +108,20 @@ class AFLoRALinear(nn.Module):
 
 
 def cast_by_autocast(x):
-    """x in the type in which autocast, if it is on, computes a linear layer; it leaves float64."""
-    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+    """A float32 x in the type in which autocast, if it is on, computes a linear layer."""
+    if x.is_meta or x.dtype != torch.float32 or not torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
-def aligned(matrix, like):
-    """A matrix (r, n), contiguous, in the type of `like`. On CUDA rows of zeros are put below, until a
-    token's r values fill 16 bytes, as fast kernels for tensor cores want: 4 in bf16 fill half.
+def aligned(matrix, x):
+    """A matrix (r, n), contiguous. On CUDA rows of zeros are put below, until a token's r values fill
+    16 bytes in the type of x, as fast kernels for tensor cores want: 4 in bf16 fill half of them.
     """
-    missing = -len(matrix) % (16 // like.itemsize)
-    if like.is_cuda and missing:
+    missing = -len(matrix) % (16 // x.itemsize)
+    if x.is_cuda and missing:
         matrix = F.pad(matrix, (0, 0, 0, missing))
-    return matrix.contiguous().to(like.dtype)
+    return matrix.contiguous()
 
 
 # ---------------------------------------------------------------------------- adapters into a model

@@ -42,35 +42,61 @@ class OnCuda:
     """What aligned() reads of a tensor on CUDA."""
     is_cuda = True
 
-    def __init__(self, like):
-        self.dtype = like.dtype
-        self.itemsize = like.itemsize
+    def __init__(self, x):
+        self.itemsize = x.itemsize
 
 
-@pytest.mark.parametrize("rank, dtype, rows", [
-    (4, torch.bfloat16, 8), (16, torch.float16, 16), (9, torch.bfloat16, 16), (3, torch.float32, 4)])
-def test_rows_of_zeros_change_nothing(monkeypatch, rank, dtype, rows):
+class InHalf(nn.Linear):
+    """A base whose output is of another type than its input."""
+
+    def forward(self, x):
+        return super().forward(x).bfloat16()
+
+
+@pytest.mark.parametrize("rank, base, rows", [
+    (4, nn.Linear(12, 10).bfloat16(), 8), (16, nn.Linear(12, 10).half(), 16),
+    (9, nn.Linear(12, 10).bfloat16(), 16), (3, nn.Linear(12, 10), 4), (4, InHalf(12, 10), 4)])
+def test_rows_of_zeros_change_nothing(monkeypatch, rank, base, rows):
     """On CUDA A and the folded B are filled up to multiples of 16 bytes: the same y, the same
     gradients."""
     torch.manual_seed(0)
-    layer = AFLoRALinear(nn.Linear(12, 10).to(dtype), rank)
+    layer = AFLoRALinear(base, rank)
     tiny.perturb(layer)
-    x = torch.randn(2, 5, 12, dtype=dtype)
+    x = torch.randn(2, 5, 12, dtype=base.weight.dtype)
     found = []
     aligned = aflora.aligned
     for padded in (False, True):
         if padded:
-            monkeypatch.setattr(aflora, "aligned", lambda matrix, like: aligned(matrix, OnCuda(like)))
+            monkeypatch.setattr(aflora, "aligned", lambda matrix, x: aligned(matrix, OnCuda(x)))
         y = layer(x)
         layer.zero_grad()
         y.float().square().sum().backward()
         found.append([y, *(p.grad for p in layer.parameters())])
     A = aflora.aligned(layer.lora_A, x)
     assert A.shape == (rows, 12)
-    assert A.dtype == dtype
-    assert A[:rank].equal(layer.lora_A.to(dtype))
+    assert A[:rank].equal(layer.lora_A)
     assert not A[rank:].any()
-    torch.testing.assert_close(*found, rtol=2e-2 if dtype != torch.float32 else 1e-5, atol=1e-2)
+    torch.testing.assert_close(*found, rtol=1e-5 if y.dtype == torch.float32 else 2e-2, atol=1e-2)
+
+
+class Float32Only(nn.Linear):
+    """A base that computes in float32 itself, as quantised ones do."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x)
+
+
+def test_a_base_of_another_kind_gets_x_as_it_is():
+    """Under autocast, too; a plain linear layer would cast x itself, and gets it cast."""
+    x = torch.randn(3, 12)
+    seen = []
+    for kind in (nn.Linear, Float32Only):
+        layer = AFLoRALinear(kind(12, 10))
+        layer.base.register_forward_pre_hook(lambda base, given: seen.append(given[0].dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+    assert seen == [torch.bfloat16, torch.float32]
 
 
 def saved_bytes(layer, x, sizes):

@@ -248,6 +248,12 @@ def test_ranks_are_compared_at_rates_of_the_fold(cells, folder, monkeypatch):
     results.run_task("mrpc", None)
     assert {arm for _, arm, *_ in order} == set(results.RANKS)
     assert {seed for _, _, seed, *lr in order if not lr} == set(range(5))
+    order.clear()
+    results.use_preset("recipe")  # the full one's: on the fold alone
+    results.run_task("mrpc", None)
+    assert {arm for _, arm, *_ in order} == set(results.RECIPE)
+    assert {len(cell) for cell in order} == {4}
+    assert "--preset full" in results.command_of("mrpc", "5 epochs", 100, 4e-3)
 
 
 def test_the_authors_rule_by_hand():
@@ -324,6 +330,15 @@ def test_results_readme_has_the_tables_that_are_printed(committed, preset, capsy
     printed = committed(preset, capsys).strip()
     assert printed
     assert printed in (ROOT / "results/README.md").read_text(encoding="utf-8")
+
+
+def test_presets_take_the_rates_that_were_chosen(committed):
+    """On the fold, for MRPC."""
+    for preset, arm in (("full", AFLORA), ("ranks", "aflora r=16")):
+        results.use_preset(preset)
+        recipe = companion.RECIPES[results.recipe_name(), "mrpc"]
+        assert recipe["lr"] == results.chosen_rate("mrpc", arm)
+        assert f"r={recipe['rank']}" in arm
 
 
 def rows_of(page, head):
