@@ -4,6 +4,7 @@
     python benchmarks/results.py --table     the tables of what is done, as Markdown, of all presets
     ... --preset full --task mrpc            by default quick on a CPU, full on CUDA; both tasks
     ... --preset ranks --task mrpc           quick's rows and epochs: AFLoRA at three ranks, LoRA
+    ... --preset ranks-h100 --task mrpc      the same once more, apart: another device and precision
     ... --preset recipe --task mrpc          full's: AFLoRA with other epochs, head rates; fold only
 
 A preset's rows and epochs are the companion's, its results lie under results/PRESET: never mixed.
@@ -46,7 +47,7 @@ from data.fetch import STAND_IN  # noqa: E402
 
 PRESET = "full" if torch.cuda.is_available() else "quick"
 FOLDER = ROOT / "results" / PRESET
-PRESETS = ("quick", "full", "ranks", "recipe")
+PRESETS = ("quick", "full", "ranks", "ranks-h100", "recipe")
 JOBS = min(os.cpu_count(), 16) if torch.cuda.is_available() else os.cpu_count()
 TASKS = ("sst2", "mrpc")
 AFLORA = "aflora r=4"
@@ -71,7 +72,7 @@ RECIPE = {  # the same: full's recipe, one thing changed
     "5 epochs": ("--method aflora --rank 4 --epochs 5", (4e-3,)),
     "12 epochs": ("--method aflora --rank 4 --epochs 12", (4e-3,)),
 }
-ARMS = {"quick": METHODS, "full": METHODS, "ranks": RANKS, "recipe": RECIPE}
+ARMS = {"quick": METHODS, "full": METHODS, "ranks": RANKS, "ranks-h100": RANKS, "recipe": RECIPE}
 ORDER = (AFLORA, "lora r=8", "full", "elora r=1024", "elora r=4", "head only")  # they run in it
 ONE_SHOT = "one shot before"
 QUESTIONS = {  # arm: flags beside AFLoRA's; an arm's order of freezing is its first word
@@ -103,7 +104,7 @@ def use_preset(name):
 
 def recipe_name():
     """The companion's name for the preset's rows and epochs."""
-    return {"ranks": "quick", "recipe": "full"}.get(PRESET, PRESET)
+    return {"ranks": "quick", "ranks-h100": "quick", "recipe": "full"}.get(PRESET, PRESET)
 
 
 def methods():

@@ -391,12 +391,13 @@ def test_the_front_page_s_sentences_have_the_numbers_of_the_files(committed):
     assert p == "0.00"
     corrected = results.corrected_p_values(results.ROWS_OF_QUESTIONS)
     assert f"at the full budget, of {len(corrected)}: {min(corrected.values()):.2f})" in page
-    mean, error, _ = apart("ranks", "lora r=8", results.QUESTION_SEEDS)
-    corrected = results.corrected_p_values(results.rows_of_methods())
-    p = f"{corrected['mrpc', 'lora r=8']:.2f}"
-    assert f"Five seeds in fp32 say {mean} ± {error} (p {p};" in page
-    mean, error, _ = apart("ranks", "aflora r=16", results.QUESTION_SEEDS)
-    assert f"{mean} ± {error} above rank 4: not settled" in page
+    leads = {}  # over rank 4, in both series
+    for arm in ("lora r=8", "aflora r=16"):
+        leads[arm] = [" ± ".join(apart(preset, arm, results.QUESTION_SEEDS)[:2])
+                      for preset in ("ranks", "ranks-h100")]
+    of_lora, of_rank_16 = leads.values()
+    assert f"say {of_lora[0]} (fp32) and {of_lora[1]} (H100)" in page
+    assert f"is {' and '.join(of_rank_16)} above rank 4: not settled" in page
     mean, _, _ = apart("quick", "lora r=8", results.SEEDS)
     corrected = results.corrected_p_values(results.rows_of_methods())
     assert len(corrected) == 10
