@@ -324,7 +324,8 @@ class Run:
         self.started = False  # true once the first step is done: then the folder is this run's
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of text
+            # cuDNN's attention would plan anew for each length of text
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.introduce()
         self.prepare()
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What only a GPU can show, the most important first. Up to `results` it takes a quarter of an hour on an
-# H100, then SST-2's runs and all tests come, which are long.
+# What only a GPU can show, the most important first. Up to `results` it takes a quarter of an hour on
+# an H100; the runs on SST-2 and all tests, which come then, are long.
 #
 #     pip install pytest transformers peft accelerate matplotlib
 #     bash benchmarks/cuda.sh                   all parts, or those that are named: tests sst2 mrpc
