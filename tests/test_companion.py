@@ -161,7 +161,7 @@ def test_train_matrices(folder, groups, count):
     ("mrpc", "--preset quick", {"limit": None, "epochs": 2, "batch_size": 16, "lr": 1e-2,
                                 "rank": 16}),
     ("mrpc", "--preset full", {"epochs": 8, "batch_size": 32, "t_i": 0.125, "t_f": 0.7,
-                               "lr": 1e-2, "rank": 4}),
+                               "lr": 4e-3, "rank": 4}),
     ("sst2", "--method lora", {"lr": 1e-3, "head_lr": 2e-3, "rank": 8}),  # the method's rate
     ("sst2", "--preset quick --method lora --lr 5e-4 --epochs 1 --t-f 0.2",  # LoRA has no t_f
      {"lr": 5e-4, "epochs": 1, "t_f": None, "batch_size": 32}),
@@ -176,7 +176,7 @@ def test_the_recipe(folder, task, flags, expected):
 FULL_SST2 = dict(
     limit=None, epochs=10, batch_size=64, t_i=0.1, t_f=0.7, lr=4e-3, head_lr=2e-3, rank=4)
 FULL_MRPC = dict(
-    limit=None, epochs=8, batch_size=32, t_i=0.125, t_f=0.7, lr=1e-2, head_lr=1e-3, rank=4)
+    limit=None, epochs=8, batch_size=32, t_i=0.125, t_f=0.7, lr=4e-3, head_lr=1e-3, rank=4)
 QUICK_SST2 = dict(
     limit=6000, epochs=3, batch_size=32, t_i=0.1, t_f=0.4, lr=4e-3, head_lr=2e-3, rank=4)
 QUICK_MRPC = dict(

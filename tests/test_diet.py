@@ -54,14 +54,14 @@ def make_arm(layer, precision, device="cpu", size=(3, 8)):
 
 
 def choose(arm, trained):
-    """What trains: all matrices, none, or every third, as amid a training."""
+    """What trains: no matrix, or every third, as amid a training."""
     if trained == "none":
         diet.switch(arm, trains=False)
         return
     layers = aflora.adapters_of(arm.model).values()
     matrices = [getattr(layer, name) for layer in layers for name in MATRICES]
     for i, matrix in enumerate(matrices):
-        matrix.requires_grad_(trained == "all" or i % 3 == 0)
+        matrix.requires_grad_(i % 3 == 0)
 
 
 def learn(arm):
@@ -71,7 +71,7 @@ def learn(arm):
     return arm.logits, gradients
 
 
-@pytest.mark.parametrize("trained", ["all", "third", "none"])
+@pytest.mark.parametrize("trained", ["third", "none"])
 @pytest.mark.parametrize("name", diet.VARIANTS)
 def test_a_variant_computes_equation_1(name, trained):
     """Logits and each gradient are those of equation (1) as it is written, and of autograd; nothing
@@ -88,7 +88,7 @@ def test_a_variant_computes_equation_1(name, trained):
     torch.testing.assert_close(logits, expected_logits, rtol=1e-5, atol=1e-5)
     assert gradients.keys() == expected_gradients.keys()
     matrices = [key for key in gradients if key.endswith(MATRICES)]
-    assert len(matrices) == {"all": 24, "third": 8, "none": 0}[trained]
+    assert len(matrices) == {"third": 8, "none": 0}[trained]
     for key, gradient in expected_gradients.items():
         assert gradient.abs().max() > 0
         apart = (gradients[key] - gradient).norm() / gradient.norm()
@@ -125,7 +125,7 @@ def test_a_variant_keeps_no_activation_for_a_frozen_matrix(name):
     assert kept - expected < (trained - expected) / 2
 
 
-@pytest.mark.parametrize("name", diet.VARIANTS)
+@pytest.mark.parametrize("name", ["all layers at once", "path and all at once", "as it is now"])
 def test_a_recorded_variant_learns_as_the_layer_does(name, tape):
     """A replay's logits and gradients, at the start and, recorded again, with all frozen."""
     with aflora.side_stream(step.DEVICE):
