@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-os.environ["TQDM_DISABLE"] = "1"  # both are read when torch is imported
+os.environ["TQDM_DISABLE"] = "1"  # all three are read when torch is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: a second thread only waits
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # set it to 0 to run the tests with that GPU
 os.environ.pop("AFLORA_MODEL", None)  # the tests have a BERT of their own
 import torch  # noqa: E402
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tiny  # noqa: E402
 from data import fetch as sources  # noqa: E402
