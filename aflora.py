@@ -115,8 +115,8 @@ def cast_by_autocast(x):
 
 
 def aligned(matrix, x):
-    """A matrix (r, n), contiguous. On CUDA rows of zeros are put below, until a token's r values fill
-    16 bytes in the type of x, as fast kernels for tensor cores want: 4 in bf16 fill half of them.
+    """A matrix (r, n), contiguous. On CUDA rows of zeros are put below, until a token's r values
+    fill 16 bytes in the type of x, as fast kernels for tensor cores want: 4 in bf16 fill half.
     """
     missing = -len(matrix) % (16 // x.itemsize)
     if x.is_cuda and missing:

@@ -97,7 +97,7 @@ def test_a_variant_computes_equation_1(name, trained):
 
 @pytest.mark.parametrize("name", diet.VARIANTS)
 def test_a_variant_under_autocast(name):
-    """Weights held in bf16: gradients are float32 all the same, and those of the layer as it was."""
+    """Weights held in bf16: gradients are float32 all the same, and those of today's layer."""
     expected = make_arm(aflora.AFLoRALinear, "bf16")
     arm = make_arm(diet.VARIANTS[name], "bf16")
     layer, *_ = aflora.adapters_of(arm.model).values()
