@@ -3,9 +3,10 @@
     python benchmarks/results.py             runs what is not done yet; stop and start at will
     python benchmarks/results.py --table     the tables of what is done, as Markdown, of all presets
     ... --preset full --task mrpc            by default quick on a CPU, full on CUDA; both tasks
-    ... --preset ranks --task mrpc           quick's rows and epochs: AFLoRA at three ranks, LoRA
+    ... --preset ranks --task mrpc           quick's rows and epochs: what AFLoRA lacks beside LoRA
     ... --preset ranks-h100 --task mrpc      the same once more, apart: another device and precision
     ... --preset recipe --task mrpc          full's: AFLoRA with other epochs, head rates; fold only
+    ... --preset sst2-20k --task sst2        quick's epochs of 20,000 rows: three methods
 
 A preset's rows and epochs are the companion's, its results lie under results/PRESET: never mixed.
 A cell is one run of the companion (of the question "one shot before": of examples/freezenet.py)
@@ -47,7 +48,7 @@ from data.fetch import STAND_IN  # noqa: E402
 
 PRESET = "full" if torch.cuda.is_available() else "quick"
 FOLDER = ROOT / "results" / PRESET
-PRESETS = ("quick", "full", "ranks", "ranks-h100", "recipe")
+PRESETS = ("quick", "full", "ranks", "ranks-h100", "recipe", "sst2-20k")
 JOBS = min(os.cpu_count(), 16) if torch.cuda.is_available() else os.cpu_count()
 TASKS = ("sst2", "mrpc")
 AFLORA = "aflora r=4"
@@ -59,11 +60,16 @@ METHODS = {  # arm: flags of the companion, learning rates to choose from
     "elora r=1024": ("--method elora", (4e-3, 1e-2, 2e-2, 4e-2)),
     AFLORA: ("--method aflora --rank 4", (4e-3, 1e-2, 2e-2, 4e-2)),
 }
+APART = {"vectors' rate x 4": 4, "matrices' rate x 4": 1 / 4}  # vectors' rate / that of A and B
 RANKS = {  # the same for the preset of that name
     "aflora r=16": ("--method aflora --rank 16", (1e-2, 1.4e-2, 2e-2)),
     AFLORA: ("--method aflora --rank 4", (1e-2, 1.4e-2, 2e-2)),
     "lora r=8": ("--method lora", (1e-3, 2e-3, 4e-3)),
     "aflora r=8": ("--method aflora --rank 8", (1e-2, 1.4e-2, 2e-2)),
+    "vectors' rate x 4": ("--method aflora --rank 4", (4e-3, 1e-2)),
+    "matrices' rate x 4": ("--method aflora --rank 4", (2e-2, 4e-2)),
+    "freezing from 0.3 on": ("--method aflora --rank 4 --t-i 0.3", (1e-2, 2e-2)),
+    "s_d starts at 1": ("--method aflora --rank 4", (2e-3, 4e-3)),
 }
 RECIPE = {  # the same: full's recipe, one thing changed
     AFLORA: ("--method aflora --rank 4", (4e-3, 1e-2)),
@@ -72,7 +78,13 @@ RECIPE = {  # the same: full's recipe, one thing changed
     "5 epochs": ("--method aflora --rank 4 --epochs 5", (4e-3,)),
     "12 epochs": ("--method aflora --rank 4 --epochs 12", (4e-3,)),
 }
-ARMS = {"quick": METHODS, "full": METHODS, "ranks": RANKS, "ranks-h100": RANKS, "recipe": RECIPE}
+ROWS = {  # the same: quick's recipe with 20,000 rows
+    AFLORA: ("--method aflora --rank 4 --limit 20000", (4e-3, 1e-2)),
+    "lora r=8": ("--method lora --limit 20000", (1e-3, 2e-3)),
+    "elora r=4": ("--method elora --rank 4 --limit 20000", (2e-2, 4e-2)),
+}
+ARMS = {"quick": METHODS, "full": METHODS, "ranks": RANKS, "ranks-h100": RANKS, "recipe": RECIPE,
+        "sst2-20k": ROWS}
 ORDER = (AFLORA, "lora r=8", "full", "elora r=1024", "elora r=4", "head only")  # they run in it
 ONE_SHOT = "one shot before"
 QUESTIONS = {  # arm: flags beside AFLoRA's; an arm's order of freezing is its first word
@@ -91,6 +103,7 @@ FURTHER_SEEDS = range(5, 10)  # of all of the full one, too: on these nothing wa
 ROWS_OF_QUESTIONS = [(arm, arm, QUESTION_SEEDS) for arm in QUESTIONS]  # as rows_of_methods()
 SEARCH_SEED = 100
 LOAD_TASK = text.load_task
+PARAMETER_GROUPS = aflora.parameter_groups
 FOLD = f"every tenth training row after a shuffle with seed {SEARCH_SEED}, not trained on"
 SEARCH_ROWS = {"sst2": 2000, "mrpc": 1200}
 
@@ -104,7 +117,7 @@ def use_preset(name):
 
 def recipe_name():
     """The companion's name for the preset's rows and epochs."""
-    return {"ranks": "quick", "ranks-h100": "quick", "recipe": "full"}.get(PRESET, PRESET)
+    return {"full": "full", "recipe": "full"}.get(PRESET, "quick")
 
 
 def methods():
@@ -116,7 +129,7 @@ def method_seeds():
     """The seeds of every method in the preset's main table."""
     if PRESET == "recipe":
         return ()
-    return SEEDS if PRESET == "quick" else QUESTION_SEEDS
+    return SEEDS if PRESET in ("quick", "sst2-20k") else QUESTION_SEEDS
 
 
 # ------------------------------------------------------------------------------------- one cell
@@ -142,6 +155,9 @@ class Recorder(aflora.AdaptiveFreezer):
         self.record = {"step": [], "scores": [], "scheduled": [], "paper": [], "authors": []}
         self.random = torch.Generator().manual_seed(torch.initial_seed())  # the run's
         self.frozen_by_authors = []
+        if self.arm == "s_d starts at 1":
+            for layer in self.adapters.values():
+                layer.s_d.data.fill_(1.0)
 
     def scores(self):
         scores = super().scores()
@@ -179,6 +195,17 @@ class Recorder(aflora.AdaptiveFreezer):
             elements = torch.cat([products[name] for name in live])
             threshold = elements.kthvalue(count).values.item()
             self.frozen_by_authors += [name for name in live if means[name] <= threshold]
+
+
+def groups_with_rates_apart(model, lr, *others):
+    """aflora.parameter_groups, but s_d and s_b have a rate of their own, as the arm says."""
+    groups = PARAMETER_GROUPS(model, lr, *others)
+    layers = aflora.adapters_of(model).values()
+    vectors = {p for layer in layers for p in (layer.s_d, layer.s_b)}
+    for group in groups:
+        if vectors.issuperset(group["params"]):  # in these recipes a group of their own
+            group["lr"] = group["peak_lr"] = lr * APART[Recorder.arm]
+    return groups
 
 
 def path_of(task, arm, seed, lr=None):
@@ -245,6 +272,7 @@ def run(task, arm, seed, lr=None):
     """Runs one cell in this process, writes its file and returns its line."""
     torch.set_num_threads(1)
     aflora.AdaptiveFreezer = Recorder  # where the companion looks it up
+    aflora.parameter_groups = groups_with_rates_apart if arm in APART else PARAMETER_GROUPS
     Recorder.arm = arm
     Recorder.recipe = companion.RECIPES[recipe_name(), task]
     Recorder.last = None

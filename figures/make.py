@@ -8,14 +8,13 @@
 freeze_map   when each matrix froze, mean over seeds       scores  the scores, until each froze
 schedule     share frozen, parameters trained, over steps  rules   the paper's rule, the authors'
 accuracy     every method against what it trains           layer   the adapted layer, needs no run
-curves       accuracy after each epoch, full preset alone
+curves       accuracy after each epoch, full preset, or SST-2 with 20,000 rows
 freezing     the matrices drop out, step by step: an animation, freezing.gif
 One preset a picture, never both: the full one where there are results of it.
 """
 
 import argparse
 import itertools
-import json
 import math
 import sys
 from pathlib import Path
@@ -355,14 +354,14 @@ def rules():
 
 
 def curves():
-    """Accuracy after each epoch at the full preset: on dev, or on the search's fold till then."""
-    chosen = results.FOLDER
-    results.FOLDER = ROOT / "results/full"
-    try:
-        there = [(task, dev_lines(task) or fold_lines(task)) for task in TASKS]
-        there = [(task, lines) for task, lines in there if lines]
-    finally:
-        results.FOLDER = chosen
+    """Accuracy on dev after each epoch at the full preset, or of SST-2 with 20,000 rows."""
+    chosen = results.PRESET
+    there = {}
+    for preset, task in (("sst2-20k", "sst2"), ("full", "sst2"), ("full", "mrpc")):
+        results.use_preset(preset)
+        there[task] = dev_lines(task) or there.get(task)
+    results.use_preset(chosen)
+    there = [(task, lines) for task, lines in there.items() if lines]
     if not there:
         raise FileNotFoundError("no run in results/full")
     width = 8.4 if len(there) > 1 else 5.6
@@ -371,22 +370,9 @@ def curves():
         for line in lines:
             draw_curve(axes, **line)
         cell = lines[0]["cells"][0]
-        rows = "a tenth of the training rows" if "scored_on" in cell else "dev"
-        axes.set(title=f"{TITLES[task]}, accuracy on {rows}", xlabel="epoch",
-                 ylabel="accuracy (%)", xticks=range(1, cell["epochs"] + 1))
+        axes.set(title=title(cell), xlabel="epoch", ylabel="accuracy on dev (%)",
+                 xticks=range(1, cell["epochs"] + 1))
         axes.legend(loc="lower right")
-
-
-def fold_lines(task):
-    """A line for each rate of the search: what draw_curve takes."""
-    lines = []
-    for arm, (_, rates) in METHODS.items():
-        for lr, look in zip(rates, ("-", "--", ":", "-.")):
-            path = results.path_of(task, arm, results.SEARCH_SEED, lr)
-            if path.exists() and arm in LOOKS:
-                cells = [json.loads(path.read_text())]
-                lines.append({"arm": arm, "more": f", rate {lr:g}", "look": look, "cells": cells})
-    return lines
 
 
 def dev_lines(task):
@@ -396,18 +382,18 @@ def dev_lines(task):
         cells = results.load(task, arm, [*QUESTION_SEEDS, *FURTHER_SEEDS])
         if cells:
             more = f", {len(cells)} seeds" if len(cells) > 1 else f", seed {cells[0]['seed']}"
-            lines.append({"arm": arm, "more": more, "look": "-", "cells": cells})
+            lines.append({"arm": arm, "more": more, "cells": cells})
     return lines
 
 
-def draw_curve(axes, arm, more, look, cells):
+def draw_curve(axes, arm, more, cells):
     """The mean over the cells after each epoch, and a band of a standard deviation around it."""
     colour, marker = LOOKS[arm]
     epochs = [line["epoch"] for line in cells[0]["history"]]
     points = [mean_and_deviation([cell["history"][i]["accuracy"] for cell in cells])
               for i in range(len(epochs))]
-    axes.plot(epochs, [mean for mean, _ in points], look, color=colour, marker=marker,
-              markersize=4, label=LABELS[arm] + more)
+    axes.plot(epochs, [mean for mean, _ in points], color=colour, marker=marker, markersize=4,
+              label=LABELS[arm] + more)
     axes.fill_between(epochs, [mean - apart for mean, apart in points],
                       [mean + apart for mean, apart in points], color=colour, alpha=0.2,
                       linewidth=0)

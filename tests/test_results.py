@@ -31,7 +31,8 @@ def cells(folder, tmp_path, monkeypatch):
     for name in ("PRESET", "FOLDER"):
         monkeypatch.setattr(results, name, getattr(results, name))
     monkeypatch.setattr(text, "load_task", load_task)
-    monkeypatch.setattr(aflora, "AdaptiveFreezer", aflora.AdaptiveFreezer)
+    for name in ("AdaptiveFreezer", "parameter_groups"):
+        monkeypatch.setattr(aflora, name, getattr(aflora, name))
     seen = []  # the tasks that the companion was given
     prepare = companion.Run.prepare
 
@@ -254,6 +255,50 @@ def test_ranks_are_compared_at_rates_of_the_fold(cells, folder, monkeypatch):
     assert {arm for _, arm, *_ in order} == set(results.RECIPE)
     assert {len(cell) for cell in order} == {4}
     assert "--preset full" in results.command_of("mrpc", "5 epochs", 100, 4e-3)
+
+
+@pytest.mark.parametrize("arm, rate_of_vectors, s_d, t_i", [
+    (AFLORA, 1e-2, 0.1, 0.1), ("vectors' rate x 4", 4e-2, 0.1, 0.1),
+    ("matrices' rate x 4", 2.5e-3, 0.1, 0.1), ("s_d starts at 1", 1e-2, 1.0, 0.1),
+    ("freezing from 0.3 on", 1e-2, 0.1, 0.3)])
+def test_what_may_close_the_gap_changes_one_thing(cells, monkeypatch, arm, rate_of_vectors, s_d,
+                                                  t_i):
+    """The rates of A, B and of the vectors, where s_d starts, when freezing does."""
+    cells("ranks")
+    train = aflora.train
+    rates = {}  # of a parameter, by the last part of its name
+
+    def watched(model, *given, **settings):
+        starts = torch.cat([layer.s_d for layer in aflora.adapters_of(model).values()])
+        assert starts.tolist() == pytest.approx([s_d] * len(starts))
+        training = train(model, *given, **settings)
+        peaks = {p: group["peak_lr"] for group in training.optimizer.param_groups
+                 for p in group["params"]}
+        for name, p in model.encoder.named_parameters():
+            if p in peaks:
+                rates.setdefault(name.split(".")[-1], set()).add(peaks[p])
+        assert {peaks[p] for p in model.head.parameters()} == {2e-3}
+        assert training.freezer.t_i == round(t_i * training.total_steps)
+        return training
+
+    monkeypatch.setattr(aflora, "train", watched)
+    results.run("mrpc", arm, results.SEARCH_SEED, 1e-2)
+    assert rates == {"lora_A": {1e-2}, "lora_B": {1e-2},
+                     "s_d": {rate_of_vectors}, "s_b": {rate_of_vectors}}
+
+
+def test_twenty_thousand_rows_of_sst2(cells, monkeypatch):
+    """Three epochs as in the quick preset, three methods, three seeds, rates from the fold."""
+    cells("sst2-20k")
+    order = []
+    monkeypatch.setattr(results, "run_all", lambda cells, pool: order.extend(cells))
+    results.run_task("sst2", None)
+    assert {arm for _, arm, *_ in order} == {AFLORA, "lora r=8", "elora r=4"}
+    assert {seed for _, _, seed, *lr in order if not lr} == {0, 1, 2}
+    results.run("sst2", AFLORA, results.SEARCH_SEED, 1e-2)
+    cell = read("sst2", AFLORA, results.SEARCH_SEED, 1e-2)
+    assert (cell["limit"], cell["epochs"], cell["rank"]) == (20000, 3, 4)
+    assert cell["scored_on"] == results.FOLD
 
 
 def test_the_authors_rule_by_hand():
