@@ -79,8 +79,8 @@ RECIPE = {  # the same: full's recipe, one thing changed
     "12 epochs": ("--method aflora --rank 4 --epochs 12", (4e-3,)),
 }
 ROWS = {  # the same: quick's recipe with 20,000 rows
-    AFLORA: ("--method aflora --rank 4 --limit 20000", (4e-3, 1e-2)),
-    "lora r=8": ("--method lora --limit 20000", (1e-3, 2e-3)),
+    AFLORA: ("--method aflora --rank 4 --limit 20000", (4e-3, 1e-2, 2e-2)),
+    "lora r=8": ("--method lora --limit 20000", (5e-4, 1e-3, 2e-3)),
     "elora r=4": ("--method elora --rank 4 --limit 20000", (2e-2, 4e-2)),
 }
 ARMS = {"quick": METHODS, "full": METHODS, "ranks": RANKS, "ranks-h100": RANKS, "recipe": RECIPE,

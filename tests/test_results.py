@@ -432,7 +432,7 @@ def test_the_front_page_s_sentences_have_the_numbers_of_the_files(committed):
     mean, error, p = apart("full", "elora r=1024", TEN_SEEDS)
     assert f"{mean} ± {error} above ELoRA r=1024 (p {p})" in page
     mean, error, p = apart("full", "elora r=4", TEN_SEEDS)
-    assert f"{mean} ± {error} above ELoRA of its own rank (p below 0.001)" in page
+    assert f"{mean} ± {error} above ELoRA of its own rank (p below 0.001;" in page
     assert p == "0.00"
     corrected = results.corrected_p_values(results.ROWS_OF_QUESTIONS)
     assert f"at the full budget, of {len(corrected)}: {min(corrected.values()):.2f})" in page
