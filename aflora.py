@@ -92,7 +92,7 @@ class AFLoRALinear(nn.Module):
         # the order of (1) that is tokens x out activations, kept for backward; here it is r x out.
         folded_B = aligned(self.s_d[:, None] * self.lora_B.T * self.s_b, x).to(y.dtype)
         # (1)  Y = W0 X + L_b B L_d A X, that is y + h @ folded_B as one product
-        return torch.addmm(y.reshape(-1, y.shape[-1]), h, folded_B).view(y.shape)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h, folded_B).view(y.shape).to(y.dtype)
 
     def lora_factors(self):
         """(A, L_b B L_d), shapes (r, in) and (out, r): the A and B of an equivalent plain LoRA."""
@@ -584,8 +584,12 @@ class Training:
 
 
 def autocast(device, precision):
-    """The context in which matrix products are computed in "bf16" or "fp16"; none for "fp32"."""
-    return torch.autocast(device.type, COMPUTE_TYPES[precision], enabled=precision != "fp32")
+    """The context in which matrix products are computed in "bf16" or "fp16"; none for "fp32".
+
+    Its cache is off: inside another autocast it would keep a weight's cast after the weight's step.
+    """
+    return torch.autocast(device.type, COMPUTE_TYPES[precision], precision != "fp32",
+                          cache_enabled=False)
 
 
 def parameter_groups(model, lr, head_lr, weight_decay):

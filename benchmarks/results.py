@@ -66,10 +66,10 @@ RANKS = {  # the same for the preset of that name
     AFLORA: ("--method aflora --rank 4", (1e-2, 1.4e-2, 2e-2)),
     "lora r=8": ("--method lora", (1e-3, 2e-3, 4e-3)),
     "aflora r=8": ("--method aflora --rank 8", (1e-2, 1.4e-2, 2e-2)),
-    "vectors' rate x 4": ("--method aflora --rank 4", (4e-3, 1e-2)),
-    "matrices' rate x 4": ("--method aflora --rank 4", (2e-2, 4e-2)),
-    "freezing from 0.3 on": ("--method aflora --rank 4 --t-i 0.3", (1e-2, 2e-2)),
-    "s_d starts at 1": ("--method aflora --rank 4", (2e-3, 4e-3)),
+    "vectors' rate x 4": ("--method aflora --rank 4", (5e-3,)),
+    "matrices' rate x 4": ("--method aflora --rank 4", (2e-2,)),
+    "freezing from 0.3 on": ("--method aflora --rank 4 --t-i 0.3", (2e-2,)),
+    "s_d starts at 1": ("--method aflora --rank 4", (4e-3,)),
 }
 RECIPE = {  # the same: full's recipe, one thing changed
     AFLORA: ("--method aflora --rank 4", (4e-3, 1e-2)),
@@ -81,7 +81,7 @@ RECIPE = {  # the same: full's recipe, one thing changed
 ROWS = {  # the same: quick's recipe with 20,000 rows
     AFLORA: ("--method aflora --rank 4 --limit 20000", (4e-3, 1e-2, 2e-2)),
     "lora r=8": ("--method lora --limit 20000", (5e-4, 1e-3, 2e-3)),
-    "elora r=4": ("--method elora --rank 4 --limit 20000", (2e-2, 4e-2)),
+    "elora r=4": ("--method elora --rank 4 --limit 20000", (1e-2, 2e-2, 4e-2)),
 }
 ARMS = {"quick": METHODS, "full": METHODS, "ranks": RANKS, "ranks-h100": RANKS, "recipe": RECIPE,
         "sst2-20k": ROWS}
@@ -220,6 +220,8 @@ def chosen_rate(task, arm):
     """The rate of the best search cell; of equal ones the lower."""
     arm = AFLORA if arm in QUESTIONS else arm
     rates = methods()[arm][1]
+    if len(rates) == 1:
+        return rates[0]
     cells = [json.loads(path_of(task, arm, SEARCH_SEED, lr).read_text()) for lr in rates]
     return best_of(cells)["lr"]
 
@@ -314,8 +316,10 @@ def run_all(cells, pool):
 
 
 def search_cells(task, arms):
-    """The cells that choose these arms' rates."""
-    return [(task, arm, SEARCH_SEED, lr) for arm in arms for lr in methods()[arm][1]]
+    """The cells that choose these arms' rates; of the preset that has no others, all."""
+    arms = {arm: methods()[arm][1] for arm in arms}
+    return [(task, arm, SEARCH_SEED, lr) for arm, rates in arms.items() for lr in rates
+            if len(rates) > 1 or PRESET == "recipe"]
 
 
 def seed_cells(task, arms, seeds):

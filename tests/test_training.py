@@ -1,6 +1,7 @@
 """The training loop: what it is given, what it logs, when it stops, how it goes on."""
 
 import ast
+import contextlib
 import copy
 import functools
 import itertools
@@ -32,6 +33,21 @@ def uninterrupted():
 
 
 # --------------------------------------------------------------------------------- what it is given
+@pytest.mark.parametrize("enabled", [False, True])
+def test_an_autocast_around_it_changes_nothing(enabled):
+    """All autocasts share one cache of cast weights, which empties when the outermost ends: the
+    head would stay what it was in step 1."""
+    models = []
+    for around in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16, enabled)):
+        torch.manual_seed(0)
+        model, _ = tiny.adapted()
+        with around:
+            train(model, always(tiny.data()), tiny.loss_of, epochs=2, lr=1e-2, precision="bf16")
+        models.append(model)
+    for p, q in zip(*(model.parameters() for model in models)):
+        assert p.allclose(q, rtol=1e-3)
+
+
 @pytest.mark.parametrize("options, word", [
     ({"precision": "fp8"}, "precision"),
     ({"epochs": 0}, "epochs"),
