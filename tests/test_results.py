@@ -441,7 +441,7 @@ def test_the_front_page_s_sentences_have_the_numbers_of_the_files(committed):
         leads[arm] = [" ± ".join(apart(preset, arm, results.QUESTION_SEEDS)[:2])
                       for preset in ("ranks", "ranks-h100")]
     of_lora, of_rank_16 = leads.values()
-    assert f"say {of_lora[0]} (fp32) and {of_lora[1]} (H100)" in page
+    assert f"in two more series {of_lora[0]} and {of_lora[1]}" in page
     assert f"is {' and '.join(of_rank_16)} above rank 4: not settled" in page
     mean, _, _ = apart("quick", "lora r=8", results.SEEDS)
     corrected = results.corrected_p_values(results.rows_of_methods())
