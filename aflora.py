@@ -101,7 +101,8 @@ class AFLoRALinear(nn.Module):
     def delta_weight(self):
         """L_b B L_d A, (out, in): what the path adds to the base's weight."""
         A, B = self.lora_factors()
-        return B @ A
+        with autocast(A.device, "fp32"):
+            return B @ A
 
     weight = property(lambda self: self.base.weight)  # some models read these: T5 reads the dtype
     bias = property(lambda self: self.base.bias)
@@ -554,7 +555,8 @@ class Training:
         """Adds the gradients of one of `count` micro-batches to those already there."""
         with self.autocast:
             loss = self.loss(self.model, batch) / count
-        self.scaler.scale(loss).backward()
+        with autocast(self.device, "fp32"):  # each product in the type that it had in the loss
+            self.scaler.scale(loss).backward()
         self.loss_sum += loss.detach().to(self.device)
 
     def read_sums(self):
@@ -584,9 +586,10 @@ class Training:
 
 
 def autocast(device, precision):
-    """The context in which matrix products are computed in "bf16" or "fp16"; none for "fp32".
+    """The context in which matrix products are computed in "bf16" or "fp16"; with "fp32", in the
+    type of what they multiply, even inside another autocast.
 
-    Its cache is off: inside another autocast it would keep a weight's cast after the weight's step.
+    It has no cache of cast weights: only the end of the outermost autocast would empty it.
     """
     return torch.autocast(device.type, COMPUTE_TYPES[precision], precision != "fp32",
                           cache_enabled=False)

@@ -382,12 +382,15 @@ def test_a_merged_model_is_a_plain_one():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_merging_keeps_the_weight_s_type(dtype):
-    """The sum is made in float32 and rounded once, to the type of the weight."""
+    """The product and the sum are made in float32, inside an autocast, too, and rounded once, to
+    the type of the weight."""
     layer = AFLoRALinear(nn.Linear(8, 6, dtype=dtype))
     tiny.perturb(layer)
     model = nn.Sequential(layer)
     expected = (layer.base.weight.float() + layer.delta_weight()).to(dtype)
-    merge_adapters(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.delta_weight().dtype == torch.float32
+        merge_adapters(model)
     assert model[0].weight.dtype == dtype
     assert torch.equal(model[0].weight, expected)
 
