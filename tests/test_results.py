@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -450,6 +451,25 @@ def test_the_front_page_s_sentences_have_the_numbers_of_the_files(committed):
             "Holm's correction for ten comparisons)") in page
     corrected = results.corrected_p_values(results.ROWS_OF_QUESTIONS)
     assert f"(least p of {len(corrected)}: {min(corrected.values()):.2f};" in page
+
+
+def test_what_one_should_see_is_what_a_committed_run_printed():
+    """The front page's lines of the first command, made anew from its two results."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    sst2, mrpc = (json.loads((ROOT / f"results/cpu/{task}.json").read_text(encoding="utf-8"))
+                  for task in ("sst2", "mrpc"))
+    assert sst2["preset"] == mrpc["preset"] == "quick"
+    assert f"\n{companion.EPOCH.format(**sst2['history'][-1])}\n" in page
+    assert f"trainable parameters: {sst2['trainable_start']:,} at the start" in page
+    assert f"end, {sst2['trainable_average']:,.0f} on average; head: 148,610\n" in page
+    six_layers = SimpleNamespace(encoder=SimpleNamespace(layers=range(6)))
+    first, last = (round(share * sst2["steps"]) for share in (sst2["t_i"], 1 - sst2["t_f"]))
+    drawn = companion.freeze_map(six_layers, sst2["frozen_at"], first, last).splitlines()
+    shown = page[page.index("freeze map: matrix"):page.index("merged into")].splitlines()
+    assert len(shown) == 6
+    for line in shown:  # the map there is further to the left
+        assert line.split() in [drawn_line.split() for drawn_line in drawn]
+    assert f"{mrpc['accuracy']:.2f} (F1 {mrpc['f1']:.2f}) on MRPC" in " ".join(page.split())
 
 
 def test_the_short_table_of_questions_has_the_numbers_of_the_files(committed):
