@@ -91,7 +91,8 @@ class AFLoRALinear(nn.Module):
         # Both vectors are folded into the thin B. The gradient of s_b needs what s_b multiplies. In
         # the order of (1) that is tokens x out activations, kept for backward; here it is r x out.
         folded_B = aligned(self.s_d[:, None] * self.lora_B.T * self.s_b, x).to(y.dtype)
-        # (1)  Y = W0 X + L_b B L_d A X, that is y + h @ folded_B as one product
+        # (1)  Y = W0 X + L_b B L_d A X, that is y + h @ folded_B as one product; autocast, if it is
+        # on, rounds it to its type, even if the base gave a wider one
         return torch.addmm(y.reshape(-1, y.shape[-1]), h, folded_B).view(y.shape).to(y.dtype)
 
     def lora_factors(self):
@@ -99,7 +100,7 @@ class AFLoRALinear(nn.Module):
         return self.lora_A, self.s_b[:, None] * self.lora_B * self.s_d
 
     def delta_weight(self):
-        """L_b B L_d A, (out, in): what the path adds to the base's weight."""
+        """L_b B L_d A, (out, in): what the path adds to the base's weight. Not on "meta"."""
         A, B = self.lora_factors()
         with autocast(A.device, "fp32"):
             return B @ A
@@ -484,6 +485,8 @@ class Training:
         self.warmup = warmup
         self.precision = precision
         self.device = next(model.parameters()).device
+        if self.device.type == "meta":
+            raise AFLoRAError("the model has no values: load it, and train it without offloading")
         self.autocast = autocast(self.device, precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         groups = parameter_groups(model, lr, head_lr, weight_decay)

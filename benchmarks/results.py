@@ -8,15 +8,16 @@
     ... --preset recipe --task mrpc          full's: AFLoRA with other epochs, head rates; fold only
     ... --preset sst2-20k --task sst2        quick's epochs of 20,000 rows: three methods
 
-A preset's rows and epochs are the companion's, its results lie under results/PRESET: never mixed.
+A preset's rows and epochs are the companion's, unless an arm's flags change them; its results lie
+under results/PRESET: never mixed.
 A cell is one run of the companion (of the question "one shot before": of examples/freezenet.py)
 and one JSON file; its history has the accuracy after each epoch. A run of a question differs in one
 thing from AFLoRA's run of the same seed (one shot before in two: what it keeps does not decay).
 Texts and weights as for train_glue_small.py.
 
-First a learning rate is chosen for every method and task, by the last epoch's accuracy with a seed
-that is not reported. Quick: on dev, with fewer rows to train on. The others: on a fold, every tenth
-training row, which such a run does not train on; dev rows are not looked at.
+First a learning rate is chosen for every arm that has several, by the last epoch's accuracy with a
+seed that is not reported. Quick: on dev, with fewer rows to train on. The others: on a fold, every
+tenth training row, which such a run does not train on; dev rows are not looked at.
 
 --jobs N cells run at once, one thread each: as many as there are cores, on CUDA at most 16. These
 share the GPU better with the driver's multi-process service: `nvidia-cuda-mps-control -d`.
@@ -61,6 +62,8 @@ METHODS = {  # arm: flags of the companion, learning rates to choose from
     AFLORA: ("--method aflora --rank 4", (4e-3, 1e-2, 2e-2, 4e-2)),
 }
 APART = {"vectors' rate x 4": 4, "matrices' rate x 4": 1 / 4}  # vectors' rate / that of A and B
+FROM_ONE = "s_d starts at 1"
+NO_COMMAND = (*APART, FROM_ONE)  # the companion has no flags for these
 RANKS = {  # the same for the preset of that name
     "aflora r=16": ("--method aflora --rank 16", (1e-2, 1.4e-2, 2e-2)),
     AFLORA: ("--method aflora --rank 4", (1e-2, 1.4e-2, 2e-2)),
@@ -69,7 +72,7 @@ RANKS = {  # the same for the preset of that name
     "vectors' rate x 4": ("--method aflora --rank 4", (5e-3,)),
     "matrices' rate x 4": ("--method aflora --rank 4", (2e-2,)),
     "freezing from 0.3 on": ("--method aflora --rank 4 --t-i 0.3", (2e-2,)),
-    "s_d starts at 1": ("--method aflora --rank 4", (4e-3,)),
+    FROM_ONE: ("--method aflora --rank 4", (4e-3,)),
 }
 RECIPE = {  # the same: full's recipe, one thing changed
     AFLORA: ("--method aflora --rank 4", (4e-3, 1e-2)),
@@ -117,7 +120,7 @@ def use_preset(name):
 
 def recipe_name():
     """The companion's name for the preset's rows and epochs."""
-    return {"full": "full", "recipe": "full"}.get(PRESET, "quick")
+    return "full" if PRESET in ("full", "recipe") else "quick"
 
 
 def methods():
@@ -155,7 +158,7 @@ class Recorder(aflora.AdaptiveFreezer):
         self.record = {"step": [], "scores": [], "scheduled": [], "paper": [], "authors": []}
         self.random = torch.Generator().manual_seed(torch.initial_seed())  # the run's
         self.frozen_by_authors = []
-        if self.arm == "s_d starts at 1":
+        if self.arm == FROM_ONE:
             for layer in self.adapters.values():
                 layer.s_d.data.fill_(1.0)
 
@@ -202,9 +205,10 @@ def groups_with_rates_apart(model, lr, *others):
     groups = PARAMETER_GROUPS(model, lr, *others)
     layers = aflora.adapters_of(model).values()
     vectors = {p for layer in layers for p in (layer.s_d, layer.s_b)}
-    for group in groups:
-        if vectors.issuperset(group["params"]):  # in these recipes a group of their own
-            group["lr"] = group["peak_lr"] = lr * APART[Recorder.arm]
+    own = [group for group in groups if vectors.issuperset(group["params"])]
+    assert own, "without weight decay A and B are in the vectors' group"
+    for group in own:
+        group["lr"] = group["peak_lr"] = lr * APART[Recorder.arm]
     return groups
 
 
@@ -217,7 +221,7 @@ def path_of(task, arm, seed, lr=None):
 
 
 def chosen_rate(task, arm):
-    """The rate of the best search cell; of equal ones the lower."""
+    """The rate of the best search cell, of equal ones the lower; or the only rate there is."""
     arm = AFLORA if arm in QUESTIONS else arm
     rates = methods()[arm][1]
     if len(rates) == 1:
@@ -291,7 +295,7 @@ def run(task, arm, seed, lr=None):
         line.pop("seconds")
     result["weights"] = Path(result["weights"]).name
     result["arm"] = arm
-    result["command"] = command
+    result["command"] = None if arm in NO_COMMAND else command
     if on_fold:
         result["scored_on"] = FOLD
     result["record"] = None
@@ -316,7 +320,8 @@ def run_all(cells, pool):
 
 
 def search_cells(task, arms):
-    """The cells that choose these arms' rates; of the preset that has no others, all."""
+    """The cells that choose these arms' rates. Where there is one, there is nothing to choose, but
+    the preset `recipe` consists of such cells."""
     arms = {arm: methods()[arm][1] for arm in arms}
     return [(task, arm, SEARCH_SEED, lr) for arm, rates in arms.items() for lr in rates
             if len(rates) > 1 or PRESET == "recipe"]
@@ -410,7 +415,8 @@ def methods_table(task):
             lines.append([name, f"{cells[0]['lr']:g}", trained_on_average(cells), str(len(cells)),
                           spread_of(cells, "accuracy"), f1, spread_of(cells, "best_accuracy"),
                           f"{mean} ± {error}" if error else mean, p])
-            commands[arm] = f"    python {command_of(task, arm, 0)}"
+            if arm not in NO_COMMAND:
+                commands[arm] = f"    python {command_of(task, arm, 0)}"
     head = ("method", "rate", "trained on average", "seeds", "accuracy", "F1", "best",
             f"against {AFLORA}", f"p, Holm, of {len(corrected)}")
     table(task, head, lines)

@@ -8,9 +8,9 @@
 freeze_map   when each matrix froze, mean over seeds       scores  the scores, until each froze
 schedule     share frozen, parameters trained, over steps  rules   the paper's rule, the authors'
 accuracy     every method against what it trains           layer   the adapted layer, needs no run
-curves       accuracy after each epoch, full preset, or SST-2 with 20,000 rows
+curves       accuracy after each epoch: the full preset, of SST-2 else with 20,000 rows
 freezing     the matrices drop out, step by step: an animation, freezing.gif
-One preset a picture, never both: the full one where there are results of it.
+Of the others one preset a picture, never both: the full one where there are results of it.
 """
 
 import argparse
@@ -354,7 +354,7 @@ def rules():
 
 
 def curves():
-    """Accuracy on dev after each epoch at the full preset, or of SST-2 with 20,000 rows."""
+    """Accuracy on dev after each epoch at the full preset, of SST-2 else with 20,000 rows."""
     chosen = results.PRESET
     there = {}
     for preset, task in (("sst2-20k", "sst2"), ("full", "sst2"), ("full", "mrpc")):
@@ -363,7 +363,7 @@ def curves():
     results.use_preset(chosen)
     there = [(task, lines) for task, lines in there.items() if lines]
     if not there:
-        raise FileNotFoundError("no run in results/full")
+        raise FileNotFoundError("no run in results/full or results/sst2-20k")
     width = 8.4 if len(there) > 1 else 5.6
     _, panels = plt.subplots(1, len(there), figsize=(width, 3.6), squeeze=False)
     for axes, (task, lines) in zip(panels[0], there):

@@ -250,6 +250,9 @@ def test_ranks_are_compared_at_rates_of_the_fold(cells, folder, monkeypatch):
     results.run_task("mrpc", None)
     assert {arm for _, arm, *_ in order} == set(results.RANKS)
     assert {seed for _, _, seed, *lr in order if not lr} == set(range(5))
+    searched = {arm for _, arm, _, *lr in order if lr}
+    assert searched == {arm for arm in results.RANKS if "r=" in arm}  # the others have one rate
+    assert results.chosen_rate("mrpc", "vectors' rate x 4") == 5e-3
     order.clear()
     results.use_preset("recipe")  # the full one's: on the fold alone
     results.run_task("mrpc", None)
@@ -258,34 +261,51 @@ def test_ranks_are_compared_at_rates_of_the_fold(cells, folder, monkeypatch):
     assert "--preset full" in results.command_of("mrpc", "5 epochs", 100, 4e-3)
 
 
-@pytest.mark.parametrize("arm, rate_of_vectors, s_d, t_i", [
-    (AFLORA, 1e-2, 0.1, 0.1), ("vectors' rate x 4", 4e-2, 0.1, 0.1),
-    ("matrices' rate x 4", 2.5e-3, 0.1, 0.1), ("s_d starts at 1", 1e-2, 1.0, 0.1),
-    ("freezing from 0.3 on", 1e-2, 0.1, 0.3)])
-def test_what_may_close_the_gap_changes_one_thing(cells, monkeypatch, arm, rate_of_vectors, s_d,
-                                                  t_i):
-    """The rates of A, B and of the vectors, where s_d starts, when freezing does."""
-    cells("ranks")
+def watch_training(monkeypatch):
+    """A list that gets of each run {"s_d": its start, "t_i": its share, part of a name: rates}."""
     train = aflora.train
-    rates = {}  # of a parameter, by the last part of its name
+    seen = []
 
     def watched(model, *given, **settings):
-        starts = torch.cat([layer.s_d for layer in aflora.adapters_of(model).values()])
-        assert starts.tolist() == pytest.approx([s_d] * len(starts))
+        found = {}
+        for name, p in model.encoder.named_parameters():
+            if name.endswith("s_d"):
+                found.setdefault("start of s_d", set()).update(p.tolist())
         training = train(model, *given, **settings)
         peaks = {p: group["peak_lr"] for group in training.optimizer.param_groups
                  for p in group["params"]}
-        for name, p in model.encoder.named_parameters():
+        for name, p in model.named_parameters():
             if p in peaks:
-                rates.setdefault(name.split(".")[-1], set()).add(peaks[p])
-        assert {peaks[p] for p in model.head.parameters()} == {2e-3}
-        assert training.freezer.t_i == round(t_i * training.total_steps)
+                part = "head" if name.startswith("head.") else name.split(".")[-1]
+                found.setdefault(part, set()).add(peaks[p])
+        found["t_i"] = training.freezer.t_i / training.total_steps
+        seen.append(found)
         return training
 
     monkeypatch.setattr(aflora, "train", watched)
-    results.run("mrpc", arm, results.SEARCH_SEED, 1e-2)
-    assert rates == {"lora_A": {1e-2}, "lora_B": {1e-2},
-                     "s_d": {rate_of_vectors}, "s_b": {rate_of_vectors}}
+    return seen
+
+
+@pytest.mark.parametrize("arm, changed", [
+    ("vectors' rate x 4", {"s_d": {4e-2}, "s_b": {4e-2}}),
+    ("matrices' rate x 4", {"s_d": {2.5e-3}, "s_b": {2.5e-3}}),
+    ("s_d starts at 1", {"start of s_d": {1.0}}),
+    ("freezing from 0.3 on", {"t_i": 0.5})])  # of two steps
+def test_what_may_close_the_gap_changes_one_thing(cells, monkeypatch, arm, changed):
+    """Rates, the start of s_d, when freezing begins: all else is as in the plain run after it."""
+    cells("ranks")
+    seen = watch_training(monkeypatch)
+    for which in (arm, AFLORA):
+        results.run("mrpc", which, results.SEARCH_SEED, 1e-2)
+    here, plain = seen
+    assert plain == {"lora_A": {1e-2}, "lora_B": {1e-2}, "s_d": {1e-2}, "s_b": {1e-2},
+                     "head": {2e-3}, "start of s_d": {torch.tensor(0.1).item()}, "t_i": 0.0}
+    assert here == plain | changed
+    command = read("mrpc", arm, results.SEARCH_SEED, 1e-2)["command"]
+    if arm == "freezing from 0.3 on":
+        assert "--t-i 0.3" in command
+    else:  # the companion has no flag for it
+        assert command is None
 
 
 def test_twenty_thousand_rows_of_sst2(cells, monkeypatch):
@@ -429,7 +449,11 @@ def test_the_front_page_s_sentences_have_the_numbers_of_the_files(committed):
     """What AFLoRA is apart from others with eight epochs on MRPC, and with few."""
     page = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     mean, error, p = apart("full", "lora r=8", TEN_SEEDS)
-    assert f"over ten seeds {mean} ± {error} (± standard error; p {p}) apart" in page
+    _, differences = results.paired("mrpc", "lora r=8", TEN_SEEDS)
+    middle, deviation = results.mean_and_deviation([-x for x in differences])
+    ends = [f"{middle + sign * 2.26216 * deviation / 10**0.5:.1f}" for sign in (-1, 1)]
+    assert (f"over ten seeds {mean} ± {error} (± standard error; p {p}; 95 %: {' to '.join(ends)}) "
+            "apart") in page
     mean, error, p = apart("full", "elora r=1024", TEN_SEEDS)
     assert f"{mean} ± {error} above ELoRA r=1024 (p {p})" in page
     mean, error, p = apart("full", "elora r=4", TEN_SEEDS)
@@ -454,7 +478,7 @@ def test_the_front_page_s_sentences_have_the_numbers_of_the_files(committed):
 
 
 def test_what_one_should_see_is_what_a_committed_run_printed():
-    """The front page's lines of the first command, made anew from its two results."""
+    """The front page's lines of the first command, as far as its two results hold them."""
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     sst2, mrpc = (json.loads((ROOT / f"results/cpu/{task}.json").read_text(encoding="utf-8"))
                   for task in ("sst2", "mrpc"))
@@ -469,6 +493,7 @@ def test_what_one_should_see_is_what_a_committed_run_printed():
     assert len(shown) == 6
     for line in shown:  # the map there is further to the left
         assert line.split() in [drawn_line.split() for drawn_line in drawn]
+    assert f"merged into the weights: accuracy {sst2['accuracy']:.2f};" in page
     assert f"{mrpc['accuracy']:.2f} (F1 {mrpc['f1']:.2f}) on MRPC" in " ".join(page.split())
 
 

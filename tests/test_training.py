@@ -74,6 +74,13 @@ def test_wrong_arguments(options, word):
         train(model, always(tiny.data()), tiny.loss_of, **options)
 
 
+def test_a_model_without_values_is_refused():
+    """As accelerate leaves one that it has offloaded."""
+    model, _ = tiny.adapted()
+    with pytest.raises(AFLoRAError, match="no values: load it, and train it without offloading"):
+        train(model.to("meta"), always(tiny.data()), tiny.loss_of, epochs=1, lr=1e-2)
+
+
 def test_the_freezer_has_to_be_new_and_for_as_many_steps():
     """One for another number of steps would freeze at wrong ones; a used one has other scores."""
     model, layers = tiny.adapted()
