@@ -436,10 +436,10 @@ def test_the_readme_has_the_numbers_of_the_files(committed):
         assert scores == expected
 
 
-def apart(preset, arm, seeds):
-    """How far AFLoRA's accuracy is from an arm's on MRPC: (mean, standard error, p), as texts."""
+def apart(preset, arm, seeds, task="mrpc"):
+    """How far AFLoRA's accuracy is from an arm's: (mean, standard error, p), as texts."""
     results.use_preset(preset)
-    _, differences = results.paired("mrpc", arm, seeds)
+    _, differences = results.paired(task, arm, seeds)
     mean, deviation = results.mean_and_deviation(differences)
     error = deviation / len(differences) ** 0.5
     return f"{abs(mean):.1f}", f"{error:.1f}", f"{chance.p_value(differences):.2f}"
@@ -468,6 +468,19 @@ def test_the_front_page_s_sentences_have_the_numbers_of_the_files(committed):
     of_lora, of_rank_16 = leads.values()
     assert f"in two more series {of_lora[0]} and {of_lora[1]}" in page
     assert f"is {' and '.join(of_rank_16)} above rank 4: not settled" in page
+    results.use_preset("sst2-20k")
+    rows = {arm: results.spread_of(results.load("sst2", arm, results.SEEDS), "accuracy")[:4]
+            for arm in results.methods()}
+    assert (f"LoRA has {rows['lora r=8']}, AFLoRA {rows[AFLORA]}, ELoRA r=4 {rows['elora r=4']}; "
+            ) in page
+    corrected = results.corrected_p_values(results.rows_of_methods())
+    errors = []
+    for arm in ("lora r=8", "elora r=4"):
+        mean, error, _ = apart("sst2-20k", arm, results.SEEDS, "sst2")
+        errors.append((f"{mean} ± {error}", f"{corrected['sst2', arm]:.2f}"))
+    below, above = errors
+    assert (f"is {below[0]} below and {above[0]} above them (three seeds, fp32; p {below[1]} and "
+            f"{above[1]} after Holm's correction)") in page
     mean, _, _ = apart("quick", "lora r=8", results.SEEDS)
     corrected = results.corrected_p_values(results.rows_of_methods())
     assert len(corrected) == 10
