@@ -91,8 +91,8 @@ class AFLoRALinear(nn.Module):
         # Both vectors are folded into the thin B. The gradient of s_b needs what s_b multiplies. In
         # the order of (1) that is tokens x out activations, kept for backward; here it is r x out.
         folded_B = aligned(self.s_d[:, None] * self.lora_B.T * self.s_b, x).to(y.dtype)
-        # (1)  Y = W0 X + L_b B L_d A X, that is y + h @ folded_B as one product; autocast, if it is
-        # on, rounds it to its type, even if the base gave a wider one
+        # Autocast, if it is on, rounds the sum to its type, even if the base gave a wider one.
+        # (1)  Y = W0 X + L_b B L_d A X, that is y + h @ folded_B as one product
         return torch.addmm(y.reshape(-1, y.shape[-1]), h, folded_B).view(y.shape).to(y.dtype)
 
     def lora_factors(self):
@@ -100,9 +100,9 @@ class AFLoRALinear(nn.Module):
         return self.lora_A, self.s_b[:, None] * self.lora_B * self.s_d
 
     def delta_weight(self):
-        """L_b B L_d A, (out, in): what the path adds to the base's weight. Not on "meta"."""
+        """L_b B L_d A, (out, in), in A's type: what the path adds to the base's weight."""
         A, B = self.lora_factors()
-        with autocast(A.device, "fp32"):
+        with autocast(A.device, "fp32"):  # another one around this would round the product
             return B @ A
 
     weight = property(lambda self: self.base.weight)  # some models read these: T5 reads the dtype

@@ -452,8 +452,9 @@ def test_the_front_page_s_sentences_have_the_numbers_of_the_files(committed):
     _, differences = results.paired("mrpc", "lora r=8", TEN_SEEDS)
     middle, deviation = results.mean_and_deviation([-x for x in differences])
     ends = [f"{middle + sign * 2.26216 * deviation / 10**0.5:.1f}" for sign in (-1, 1)]
-    assert (f"over ten seeds {mean} ± {error} (± standard error; p {p}; 95 %: {' to '.join(ends)}) "
-            "apart") in page
+    interval = " to ".join(ends)
+    assert (f"over ten seeds {mean} ± {error} (± standard error; p {p}; 95 %: {interval}) apart"
+            ) in page
     mean, error, p = apart("full", "elora r=1024", TEN_SEEDS)
     assert f"{mean} ± {error} above ELoRA r=1024 (p {p})" in page
     mean, error, p = apart("full", "elora r=4", TEN_SEEDS)
