@@ -39,7 +39,8 @@ from aflora import (
     train,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "tests"))  # where tiny.py is
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "tests"))  # where tiny.py is
 import tiny  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:ramp of")  # short runs have short ramps
@@ -112,8 +113,8 @@ def test_starts_are_those_of_the_paper():
     for matrix, fan_in in ((layer.lora_A, 300), (layer.lora_B, 4)):
         bound = math.sqrt(6 / fan_in)
         assert 0.98 * bound < matrix.abs().max() <= bound
-        # the standard deviation of a uniform distribution
-        assert matrix.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.06)
+        deviation = bound / math.sqrt(3)  # of a uniform distribution
+        assert matrix.std().item() == pytest.approx(deviation, rel=0.06)
 
     assert torch.equal(layer.s_d, torch.full((4,), 0.1))
     assert torch.equal(layer.s_b, torch.zeros(500))
@@ -267,7 +268,7 @@ def test_every_look_freezes_the_lowest_floor_r_n_of_all_matrices(t_f):
     generator = torch.Generator().manual_seed(0)
 
     Ibar = {name: torch.zeros(p.shape) for name, p in freezer.matrices.items()}
-    Ubar = {name: torch.zeros(p.shape) for name, p in freezer.matrices.items()}
+    Ubar = dict(Ibar)
     frozen = []
     for step in range(1, 301):
         random_gradients(freezer, generator)
@@ -275,7 +276,8 @@ def test_every_look_freezes_the_lowest_floor_r_n_of_all_matrices(t_f):
         for name, p in freezer.live.items():
             I = (p * p.grad).abs().detach()
             Ibar[name] = 0.85 * Ibar[name] + 0.15 * I
-            Ubar[name] = 0.95 * Ubar[name] + 0.05 * (I - Ibar[name]).abs()
+            change = (I - Ibar[name]).abs()
+            Ubar[name] = 0.95 * Ubar[name] + 0.05 * change
             scores[name] = (Ibar[name] * Ubar[name]).mean().item()
 
         expected = []
@@ -392,9 +394,10 @@ def test_parameter_counts_of_the_paper():
     assert count(model) == 83_232
     assert 118_000 < freezer.average_trainable() < 147_000
 
-    layers = add_adapters(tiny.deberta(), targets, rank=8)
-    lora = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers.values())
-    assert lora == 1_327_104
+    model = tiny.deberta()
+    add_adapters(model, targets, rank=8)
+    matrices = [p for name, p in model.named_parameters() if "lora_" in name]
+    assert sum(p.numel() for p in matrices) == 1_327_104
 
 
 # -------------------------------------------------------------------------------- the training loop
@@ -477,7 +480,8 @@ def test_scores_see_whole_unscaled_unclipped_gradients(precision, rtol):
     tiny.perturb(model)
     expected = AdaptiveFreezer(layers, total_steps=8, t_i=2, t_f=2)
     for first in range(0, 30, 4):  # the last step has two micro-batches only
-        losses = [tiny.loss_of(model, batch) for batch in batches[first:first + 4]]
+        micro_batches = batches[first:first + 4]
+        losses = [tiny.loss_of(model, batch) for batch in micro_batches]
         torch.stack(losses).mean().backward()
         expected.update()
         model.zero_grad()
@@ -485,7 +489,8 @@ def test_scores_see_whole_unscaled_unclipped_gradients(precision, rtol):
     for found, wanted in ((freezer.Ibar, expected.Ibar), (freezer.Ubar, expected.Ubar)):
         flat = tiny.live(expected, wanted)
         assert flat.norm() > 0
-        assert (tiny.live(freezer, found) - flat).norm() < rtol * flat.norm()
+        apart = tiny.live(freezer, found) - flat
+        assert apart.norm() < rtol * flat.norm()
 
 
 def test_micro_batches_equal_one_big_batch():
@@ -519,8 +524,12 @@ def test_an_overflowed_fp16_step_counts_but_touches_nothing():
     tiny.perturb(model)
     freezer = AdaptiveFreezer(layers, total_steps=16, t_i=2, t_f=0, interval=2)
     overflowing = (1, 2, 3, 9, 16)
+
+    def both_scores():
+        return torch.cat([tiny.live(freezer, freezer.Ibar), tiny.live(freezer, freezer.Ubar)])
+
     weights = [copy.deepcopy(model.state_dict())]  # after 0, 1, 2, ... steps
-    scores = [torch.cat([tiny.live(freezer, freezer.Ibar), tiny.live(freezer, freezer.Ubar)])]
+    scores = [both_scores()]
     skipped = []
     rates = []
 
@@ -534,8 +543,7 @@ def test_an_overflowed_fp16_step_counts_but_touches_nothing():
         weights.append(copy.deepcopy(model.state_dict()))
         rates.append(training.optimizer.param_groups[0]["lr"])
         if freezer.live:
-            scores.append(
-                torch.cat([tiny.live(freezer, freezer.Ibar), tiny.live(freezer, freezer.Ubar)]))
+            scores.append(both_scores())
         if training.steps % 8 == 0:
             skipped.append(training.line["skipped"])
 
@@ -545,10 +553,11 @@ def test_an_overflowed_fp16_step_counts_but_touches_nothing():
     assert freezer.step == 16
     assert skipped == [3, 5]
     assert rates[0] == 1e-2 / 1.96  # warm-up over 6 % of 16 steps, 0.96
-    assert_close(torch.tensor(rates[1:]), 1e-2 * (1 - torch.arange(1.0, 16) / 16) / 0.94)
+    falling = 1e-2 * (1 - torch.arange(1.0, 16) / 16) / 0.94
+    assert_close(torch.tensor(rates[1:]), falling)
     for step in range(1, 17):
-        before = weights[step - 1]
-        still = all(torch.equal(value, before[name]) for name, value in weights[step].items())
+        before, after = weights[step - 1:step + 1]
+        still = all(torch.equal(after[name], before[name]) for name in after)
         assert still == (step in overflowing)
         if step < 10:  # nothing is frozen yet, or as much as before an overflow
             still = torch.equal(scores[step], scores[step - 1])

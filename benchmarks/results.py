@@ -6,7 +6,7 @@
     ... --preset ranks --task mrpc           quick's rows and epochs: what AFLoRA lacks beside LoRA
     ... --preset ranks-h100 --task mrpc      the same once more, apart: another device and precision
     ... --preset recipe --task mrpc          full's: AFLoRA with other epochs, head rates; fold only
-    ... --preset sst2-20k --task sst2        quick's epochs of 20,000 rows: three methods
+    ... --preset sst2-20k --task sst2        quick's epochs of 20,000 rows: four methods
 
 A preset's rows and epochs are the companion's, unless an arm's flags change them; its results lie
 under results/PRESET: never mixed.
@@ -85,6 +85,7 @@ ROWS = {  # the same: quick's recipe with 20,000 rows
     AFLORA: ("--method aflora --rank 4 --limit 20000", (4e-3, 1e-2, 2e-2)),
     "lora r=8": ("--method lora --limit 20000", (5e-4, 1e-3, 2e-3)),
     "elora r=4": ("--method elora --rank 4 --limit 20000", (1e-2, 2e-2, 4e-2)),
+    "elora r=1024": ("--method elora --limit 20000", (2e-2,)),
 }
 ARMS = {"quick": METHODS, "full": METHODS, "ranks": RANKS, "ranks-h100": RANKS, "recipe": RECIPE,
         "sst2-20k": ROWS}

@@ -6,8 +6,8 @@
     python figures/make.py layer scores     these alone; --format png for slides
 
 freeze_map   when each matrix froze, mean over seeds       scores  the scores, until each froze
-schedule     share frozen, parameters trained, over steps  rules   the paper's rule, the authors'
-accuracy     every method against what it trains           layer   the adapted layer, needs no run
+accuracy     every method against what it trains           rules   the paper's rule, the authors'
+layer        the adapted layer, needs no run
 curves       accuracy after each epoch: the full preset, of SST-2 else with 20,000 rows
 freezing     the matrices drop out, step by step: an animation, freezing.gif
 Of the others one preset a picture, never both: the full one where there are results of it.
@@ -147,44 +147,6 @@ def add_colour_bar(figure, axes, image, steps):
     bar.set_ticks(marks, labels=[f"{mark:.0f}\n({100 * mark / total:.0f} %)" for mark in marks])
     bar.set_label("frozen after step (share of the run)")
     bar.outline.set_visible(False)
-
-
-def schedule():
-    """Left: scheduled and realised share; right: what still trains. Both from frozen_at alone."""
-    run, = cells_of("sst2", AFLORA, [0])
-    first, last, total = steps_of(run)
-    starts = [0, *sorted(set(run["frozen_at"].values()))]
-    edges = [*starts, total]
-    gone = [[name for name, at in run["frozen_at"].items() if at <= step] for step in starts]
-    left, right = plt.subplots(1, 2)[1]
-    left.plot(range(total + 1), scheduled(run), color=ORANGE, label="scheduled, r(t)")
-    left.stairs([100 * len(names) / len(run["frozen_at"]) for names in gone], edges,
-                baseline=None, color=BLUE, linewidth=1.5, label="realised")
-    left.legend(loc="lower right")
-    left.set(title=title(run, ", seed 0"), ylabel="share of A and B that is frozen (%)")
-    draw_trained(right, run, gone, edges)
-    for axes, height in ((left, 50), (right, 5)):
-        axes.set(xlabel="optimizer step", xlim=(0, total))
-        for step, word, side in ((first, "$t_i$ ", "right"), (last, " $T - t_f$", "left")):
-            axes.axvline(step, color=GREY, linewidth=0.8, linestyle=":")
-            axes.text(step, height, word, ha=side, color=GREY)
-
-
-def draw_trained(axes, run, gone, edges):
-    """What trains between `edges`, steps. gone: the names frozen by then, one list a span."""
-    size = sizes(run)
-    total = run["steps"]
-    trained = [run["trainable_start"] - sum(size[name] for name in names) for names in gone]
-    axes.stairs([count / 1000 for count in trained], edges, baseline=None, color=BLUE,
-                linewidth=1.5)
-    mean = sum(count * (b - a) for count, a, b in zip(trained, edges, edges[1:])) / total
-    assert abs(mean - run["trainable_average"]) < 1, (mean, run["trainable_average"])
-    axes.axhline(mean / 1000, color=GREY, linestyle="--", linewidth=1)
-    axes.text(total, mean / 1000 + 1, f"average: {mean:,.0f}", ha="right")
-    axes.text(total, run["trainable_end"] / 1000 - 2, "the vectors $s_d$, $s_b$ alone: "
-              f"{run['trainable_end']:,}", ha="right", va="top")
-    axes.set(title="What trains (the head not counted)", ylabel="adapter parameters (thousands)",
-             ylim=(0, None))
 
 
 def freezing():
@@ -463,7 +425,7 @@ def draw_part(axes, place, height, widths, way, word, note):
     axes.text(x + 2.05, y + height / 2, note, va="center", fontsize=8.5)
 
 
-PICTURES = (freeze_map, schedule, freezing, scores, accuracy, curves, rules, layer)
+PICTURES = (freeze_map, freezing, scores, accuracy, curves, rules, layer)
 
 
 def main():

@@ -309,12 +309,12 @@ def test_what_may_close_the_gap_changes_one_thing(cells, monkeypatch, arm, chang
 
 
 def test_twenty_thousand_rows_of_sst2(cells, monkeypatch):
-    """Three epochs as in the quick preset, three methods, three seeds, rates from the fold."""
+    """Three epochs as in the quick preset, four methods, three seeds, rates from the fold."""
     cells("sst2-20k")
     order = []
     monkeypatch.setattr(results, "run_all", lambda cells, pool: order.extend(cells))
     results.run_task("sst2", None)
-    assert {arm for _, arm, *_ in order} == {AFLORA, "lora r=8", "elora r=4"}
+    assert {arm for _, arm, *_ in order} == {AFLORA, "lora r=8", "elora r=4", "elora r=1024"}
     assert {seed for _, _, seed, *lr in order if not lr} == {0, 1, 2}
     results.run("sst2", AFLORA, results.SEARCH_SEED, 1e-2)
     cell = read("sst2", AFLORA, results.SEARCH_SEED, 1e-2)
