@@ -21,8 +21,17 @@ Papers: AFLoRA, Liu et al. (arXiv 2403.13269); LoRA, Hu et al. (2106.09685); ELo
 VeRA, Kopiczko et al. (2310.11454); PLATON, whose score this is, Zhang et al. (2206.12562).
 """
 
-import contextlib, hashlib, itertools, json, math, numbers
-import os, pathlib, secrets, warnings, zipfile
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import numbers
+import os
+import pathlib
+import secrets
+import warnings
+import zipfile
 from collections import Counter
 from fractions import Fraction
 
