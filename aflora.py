@@ -5,7 +5,7 @@ behind each of the path's two matrices. At first all four train; then the matric
 good, one after the other, the least important first, until only the vectors train.
 
                Y  (tokens, out)
-               |
+               ^
        .------(+)------.
        |               |
        |        L_b = diag(s_b)      s_b (out)     starts at 0, trains to the end
@@ -14,7 +14,7 @@ good, one after the other, the least important first, until only the vectors tra
        |               A             (r, in)       trains until it is frozen
        |               |
        '-------.-------'
-               |
+               ^
                X  (tokens, in)              (1)  Y = W0 X + L_b B L_d A X
 
 Papers: AFLoRA, Liu et al. (arXiv 2403.13269); LoRA, Hu et al. (2106.09685); ELoRA, published as
@@ -97,11 +97,12 @@ class AFLoRALinear(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])  # (tokens, in): all leading dimensions in one
         y = self.base(tokens.view(x.shape), *args, **kwargs)  # W0 X; A reads the same memory
         h = F.linear(tokens, aligned(self.lora_A, x).to(x.dtype)).to(y.dtype)  # A X, (tokens, r)
-        # Both vectors are folded into the thin B. The gradient of s_b needs what s_b multiplies. In
-        # the order of (1) that is tokens x out activations, kept for backward; here it is r x out.
+        # Both vectors are folded into the thin B, as (L_b B L_d)^T, (r, out). The gradient of s_b
+        # needs what s_b multiplies. In the order of (1) that is tokens x out activations, kept for
+        # backward; here it is r x out.
         folded_B = aligned(self.s_d[:, None] * self.lora_B.T * self.s_b, x).to(y.dtype)
-        # Autocast, if it is on, rounds the sum to its type, even if the base gave a wider one.
-        # (1)  Y = W0 X + L_b B L_d A X, that is y + h @ folded_B as one product
+        # (1)  Y = W0 X + L_b B L_d A X, that is y + h @ folded_B as one product. Autocast, if it is
+        #      on, rounds the sum to its type, even if the base gave a wider one.
         return torch.addmm(y.reshape(-1, y.shape[-1]), h, folded_B).view(y.shape).to(y.dtype)
 
     def lora_factors(self):
@@ -126,8 +127,8 @@ def cast_by_autocast(x):
 
 
 def aligned(matrix, x):
-    """A matrix (r, n), contiguous. On CUDA rows of zeros are put below, until a token's r values
-    fill 16 bytes in the type of x, as fast kernels for tensor cores want: 4 in bf16 fill half.
+    """A matrix (r, n), contiguous. On CUDA rows of zeros are put below it until r values in x's type
+    fill a multiple of 16 bytes, as fast kernels for tensor cores want: in bf16 4 become 8.
     """
     missing = -len(matrix) % (16 // x.itemsize)
     if x.is_cuda and missing:
@@ -137,7 +138,8 @@ def aligned(matrix, x):
 
 # ---------------------------------------------------------------------------- adapters into a model
 def add_adapters(model, targets, rank=4, train_matrices="all", modules_to_save=(), seed=0):
-    """Wraps linear modules of a model in AFLoRALinear and freezes everything else.
+    """Wraps linear modules of a model in AFLoRALinear and freezes everything else. What was called
+    query.weight is then query.base.weight.
 
     targets: whole names, each of which selects that module alone, or suffixes after a dot: "query"
         selects layers.0.query, not layers.0.bigquery. () adapts nothing. Experts that are one 3-D
@@ -166,7 +168,7 @@ def add_adapters(model, targets, rank=4, train_matrices="all", modules_to_save=(
     for p in itertools.chain(*(modules[name].parameters() for name in saved)):
         p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
         p.requires_grad_(True)
-    model.adapter_names = learned_names(model)  # for the file, even if they are frozen later
+    model.saved_names = learned_names(model)  # for the file, even if they are frozen later
     model.adapter_config = dict(targets=names, rank=rank, train_matrices=trained,
                                 modules_to_save=saved, seed=seed)
     for name in set(names) - set(trained):
@@ -235,7 +237,7 @@ def merge_adapters(model):
     for layer, weight in merged.items():  # a new parameter: another module may share the old one
         layer.base.weight = nn.Parameter(weight, requires_grad=False)
     replace_modules(model, {layer: layer.base for layer in merged})
-    for name in ("adapter_config", "adapter_names"):
+    for name in ("adapter_config", "saved_names"):
         vars(model).pop(name, None)
 
 
@@ -276,13 +278,15 @@ class AdaptiveFreezer:
     """Scores all trainable A and B at each step; freezes the lowest share r(t) of them for good.
 
     adapters: what add_adapters returned.
-    total_steps, t_i, t_f: of equation (6), whole numbers of optimizer steps, not shares.
+    total_steps, t_i, t_f: of equation (6), whole numbers of optimizer steps, not shares and not
+        micro-batches. A loop of your own has to make as many: nothing checks it.
     interval: the freezer looks at what is due each time this number of steps has passed, and after
         every step from T - t_f on.
     beta1, beta2, kind: of equations (3), (4) and (2).
-    In each optimizer step call update() once, on complete gradients, then optimizer.step(), then
-    freeze(optimizer): see Training.step. frozen_at is {name: step after which it froze}, in order.
-    Matrices that were frozen before stay so and do not count: for a new run make the model anew.
+    In each optimizer step call update() once, on whole, unscaled, unclipped gradients, then
+    optimizer.step(), then freeze(optimizer): see Training.step. frozen_at is {name: step after
+    which it froze}, in order. Matrices that were frozen before stay so and do not count: for a new
+    run make the model anew.
     """
 
     def __init__(self, adapters, total_steps, t_i, t_f, interval=10, beta1=0.85, beta2=0.95,
@@ -401,8 +405,8 @@ class AdaptiveFreezer:
         return names
 
     def check_optimizer(self, optimizer):
-        """Raises AFLoRAError for an optimizer that would move a frozen matrix, lacks a live one,
-        or has made steps that update() has not seen.
+        """Raises AFLoRAError for L-BFGS, for an optimizer that lacks a live matrix and, at the first
+        freeze, for one that made steps which update() has not seen.
         """
         if isinstance(optimizer, torch.optim.LBFGS):
             raise AFLoRAError("L-BFGS would move what is frozen: use an optimizer that moves each "
@@ -411,11 +415,11 @@ class AdaptiveFreezer:
         for name, matrix in self.live.items():
             if matrix not in held:
                 raise AFLoRAError(f"the optimizer lacks {name}: make it after add_adapters()")
-        first = next(iter(self.live.values()))  # it may have trained from step 1 on
+        first = next(iter(self.live.values()))  # of all matrices the steps are alike
         steps_made = optimizer.state.get(first, {}).get("step", 0)
         if not self.frozen_at and steps_made > self.step:
-            raise AFLoRAError("the optimizer has made more steps than update() has seen: call it "
-                              "in each step, and at resume load the freezer's state, too")
+            raise AFLoRAError("the optimizer has made more steps than update() has seen: call it in "
+                              "each step, and at resume load the freezer's state, too")
 
     def average_trainable(self):
         """Trainable adapter parameters (without a head), averaged exactly over the steps so far."""
@@ -435,7 +439,7 @@ class AdaptiveFreezer:
         return dict(plan=plan, state=state)
 
     def load_state_dict(self, content):
-        """Restores a state_dict(). Raises AFLoRAError if it comes from another run.
+        """Restores a state_dict(). Raises AFLoRAError if its settings or matrices differ.
 
         The optimizer's state has to come from the same step, since freeze() drops a part of it.
         """
@@ -503,8 +507,8 @@ class Training:
         self.parameters = [*model.parameters()]  # kept: walking the model at each step is slow
         self.recorder = GraphRecorder(self.parameters) if graphs else None
         self.learned = learned_names(model)
-        before = getattr(model, "adapter_names", [])
-        model.adapter_names = [*dict.fromkeys(before + self.learned)]  # in order, each once
+        before = getattr(model, "saved_names", [])
+        model.saved_names = [*dict.fromkeys(before + self.learned)]  # in order, each once
         self.steps = 0
         self.line = dict(step=0)  # of the log, from the last report()
         self.notes = {}  # the caller's own; a checkpoint keeps them as JSON
@@ -601,7 +605,8 @@ def autocast(device, precision):
     """The context in which matrix products are computed in "bf16" or "fp16"; with "fp32", in the
     type of what they multiply, even inside another autocast.
 
-    It has no cache of cast weights: only the end of the outermost autocast would empty it.
+    It has no cache of cast weights: inside a caller's autocast that would outlive the step, and the
+    next one would compute with the old weights.
     """
     return torch.autocast(device.type, COMPUTE_TYPES[precision], precision != "fp32",
                           cache_enabled=False)
@@ -634,7 +639,7 @@ def check_same_model(model):
         raise AFLoRAError("add_adapters() was not called on this very model: call it on the whole "
                           "model, before torch.compile or DataParallel, and pass that model here")
     names = {f"{name}.s_b" for name in adapters_of(model)}
-    if len(names) < len(model.adapter_config["targets"]) or not names <= {*model.adapter_names}:
+    if len(names) < len(model.adapter_config["targets"]) or not names <= {*model.saved_names}:
         raise AFLoRAError("parts of the model were wrapped or removed after add_adapters(): compile"
                           " a part in place, part.compile(); checkpoint by the model's own switch")
 
@@ -749,7 +754,7 @@ def train(model, batches, loss, *, epochs, accumulate=1, after_step=None, resume
     accumulate: micro-batches of one optimizer step, equally weighted.
     after_step: callable that is given the Training after each step, to do one or more of these:
         log training.line, which is renewed every 10 steps, at an epoch's end and at a freeze;
-        evaluate: before the next step the model is put back into training mode;
+        evaluate: before a step the whole model, frozen parts too, is put into training mode;
         save a checkpoint, which also holds the dict training.notes. Do so last: random numbers that
         are drawn after it (each pass through a DataLoader draws one) are not drawn at resume;
         stop, by raising an exception.
@@ -865,7 +870,7 @@ def save_adapter(model, path):
     A matrix still at its random start is stored as the key from which it regrows, and a checksum.
     """
     check_same_model(model)
-    names = {*model.adapter_names, *learned_names(model)}
+    names = {*model.saved_names, *learned_names(model)}
     values = {name: value for name, value in model.state_dict().items() if name in names}
     at_start = {}
     for layer_name, layer in adapters_of(model).items():
@@ -897,8 +902,8 @@ def load_adapter(model, path):
             values[name] = kaiming_uniform(key, model.get_parameter(name).shape)
             if checksum(values[name]) != expected:
                 raise AFLoRAError(f"{name}, regrown from its key, is not as it was saved")
-        set_values(model, values, needed=model.adapter_names)
-        model.adapter_names = [*values]
+        set_values(model, values, needed=model.saved_names)
+        model.saved_names = [*values]
     return adapters_of(model)
 
 
@@ -926,7 +931,7 @@ def save_checkpoint(training, path):
 
 
 def load_checkpoint(training, path):
-    """Restores a stopped run. Raises AFLoRAError if the checkpoint comes from another run."""
+    """Restores a stopped run. AFLoRAError if settings or shapes differ; data are not compared."""
     content = read_file(path, CHECKPOINT_FORMAT)
     with blame(path):
         expect_equal(content["plan"], training.plan)

@@ -151,7 +151,7 @@ def train_task(args, device):
 def make_result(run, training, history):
     """The fields of result.json. ranks_equal: did all processes learn the very same bits?"""
     state = training.model.state_dict()
-    learned = companion.checksum(state[name] for name in training.model.adapter_names)
+    learned = companion.checksum(state[name] for name in training.model.saved_names)
     checksums = [None] * WORLD
     dist.all_gather_object(checksums, learned)
     freezer = run.freezer

@@ -134,7 +134,7 @@ def llama_by_a_loop():
 
     adapters = add_adapters(model, targets=["q_proj", "v_proj", "up_proj", "down_proj"])
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=4e-3)
+    optimizer = torch.optim.AdamW(trainable, lr=4e-3, weight_decay=0)
     freezer = AdaptiveFreezer(adapters, total_steps=len(batches), t_i=10, t_f=20)
     model.train()  # from_pretrained gives a model in evaluation mode
     for batch in batches:

@@ -107,7 +107,7 @@ def read_adapter(path, data, whole):
 def learned(model):
     """{name: a copy of its value} of all that a file of this model's adapters covers."""
     state = model.state_dict()
-    return {name: state[name].clone() for name in model.adapter_names}
+    return {name: state[name].clone() for name in model.saved_names}
 
 
 def read_texts(path, data, whole):

@@ -421,7 +421,7 @@ TEN_SEEDS = range(10)
 
 def test_the_readme_has_the_numbers_of_the_files(committed):
     """Its table of methods: MRPC at the full budget, then both tasks at the quick preset."""
-    rows = rows_of("README.md", "| method | trained beside the head, average |")
+    rows = rows_of("README.md", "| method | trained beside the head, average of 8 epochs |")
     assert len(rows) == len(results.METHODS)
     for name, trained, *scores in rows:
         arm = LABELS.get(name, name.lower())
@@ -467,7 +467,12 @@ def test_the_front_page_s_sentences_have_the_numbers_of_the_files(committed):
         leads[arm] = [" ± ".join(apart(preset, arm, results.QUESTION_SEEDS)[:2])
                       for preset in ("ranks", "ranks-h100")]
     of_lora, of_rank_16 = leads.values()
-    assert f"in two more series {of_lora[0]} and {of_lora[1]}" in page
+    p = []
+    for preset in ("ranks", "ranks-h100"):
+        results.use_preset(preset)
+        corrected = results.corrected_p_values(results.rows_of_methods())
+        p.append(f"{corrected['mrpc', 'lora r=8']:.2f}")
+    assert f"in two more series {of_lora[0]} (p {p[0]}) and {of_lora[1]} ({p[1]})" in page
     assert f"is {' and '.join(of_rank_16)} above rank 4: not settled" in page
     results.use_preset("sst2-20k")
     rows = {arm: results.spread_of(results.load("sst2", arm, results.SEEDS), "accuracy")[:4]
