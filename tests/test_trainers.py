@@ -336,8 +336,6 @@ def test_the_loop_of_ones_own_scores_whole_gradients(tmp_path, monkeypatch, scal
     training = Training(model, tiny.loss_of, total_steps=60, lr=4e-3, freezer=freezer, clip=CLIP)
     rates = iter(torch.linspace(1, 0.01, 61).tolist())
     training.rate = partial(next, rates)
-    for group in training.optimizer.param_groups:
-        group["weight_decay"] = 0.01  # AdamW's own
     batches = [batch for epoch in range(3) for batch in tiny.data(batches=40, seed=epoch)]
     for first, second in zip(batches[::2], batches[1::2]):
         training.step([tuple(torch.cat(pair) for pair in zip(first, second))])
@@ -368,7 +366,7 @@ def test_the_loop_of_accelerate(monkeypatch):
     model = names_for_code()["model"]
     layers = add_adapters(model, ["query", "value"], modules_to_save=["classifier"])
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=4e-3)
+    optimizer = torch.optim.AdamW(trainable, lr=4e-3, weight_decay=0)
     freezer = AdaptiveFreezer(layers, 24, t_i=2, t_f=12)
     for place in 3 * list(range(0, 15, 2)):
         for batch in batches[place:place + 2]:
