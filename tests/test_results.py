@@ -476,7 +476,7 @@ def test_the_front_page_s_sentences_have_the_numbers_of_the_files(committed):
     assert f"is {' and '.join(of_rank_16)} above rank 4: not settled" in page
     results.use_preset("sst2-20k")
     rows = {arm: results.spread_of(results.load("sst2", arm, results.SEEDS), "accuracy")[:4]
-            for arm in (AFLORA, "lora r=8", "elora r=4")}
+            for arm in results.methods()}
     assert (f"LoRA has {rows['lora r=8']}, AFLoRA {rows[AFLORA]}, ELoRA r=4 {rows['elora r=4']}; "
             ) in page
     corrected = results.corrected_p_values(results.rows_of_methods())
@@ -486,7 +486,9 @@ def test_the_front_page_s_sentences_have_the_numbers_of_the_files(committed):
         errors.append((f"{mean} ± {error}", f"{corrected['sst2', arm]:.2f}"))
     below, above = errors
     assert (f"is {below[0]} below and {above[0]} above them (three seeds, fp32; p {below[1]} and "
-            f"{above[1]} after Holm's correction)") in page
+            f"{above[1]} after Holm's correction). ELoRA r=1024 has {rows['elora r=1024']} (two "
+            "seeds).") in page
+    assert len(results.load("sst2", "elora r=1024", results.SEEDS)) == 2
     mean, _, _ = apart("quick", "lora r=8", results.SEEDS)
     corrected = results.corrected_p_values(results.rows_of_methods())
     assert len(corrected) == 10
