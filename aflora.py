@@ -415,7 +415,7 @@ class AdaptiveFreezer:
         for name, matrix in self.live.items():
             if matrix not in held:
                 raise AFLoRAError(f"the optimizer lacks {name}: make it after add_adapters()")
-        first = next(iter(self.live.values()))  # of all matrices the steps are alike
+        first = next(iter(self.live.values()))  # one for all: their steps are alike
         steps_made = optimizer.state.get(first, {}).get("step", 0)
         if not self.frozen_at and steps_made > self.step:
             raise AFLoRAError("the optimizer has made more steps than update() has seen: call it in "
