@@ -99,10 +99,10 @@ class AFLoRALinear(nn.Module):
         h = F.linear(tokens, aligned(self.lora_A, x).to(x.dtype)).to(y.dtype)  # A X, (tokens, r)
         # Both vectors are folded into the thin B, as (L_b B L_d)^T, (r, out). The gradient of s_b
         # needs what s_b multiplies. In the order of (1) that is tokens x out activations, kept for
-        # backward; here it is r x out.
+        # backward; here it is r x out. Autocast, if on, rounds the sum below to its type, even if the
+        # base gave a wider one.
         folded_B = aligned(self.s_d[:, None] * self.lora_B.T * self.s_b, x).to(y.dtype)
-        # (1)  Y = W0 X + L_b B L_d A X, that is y + h @ folded_B as one product. Autocast, if it is
-        #      on, rounds the sum to its type, even if the base gave a wider one.
+        # (1)  Y = W0 X + L_b B L_d A X, that is y + h @ folded_B as one product
         return torch.addmm(y.reshape(-1, y.shape[-1]), h, folded_B).view(y.shape).to(y.dtype)
 
     def lora_factors(self):
@@ -127,8 +127,8 @@ def cast_by_autocast(x):
 
 
 def aligned(matrix, x):
-    """A matrix (r, n), contiguous. On CUDA rows of zeros are put below it until r values in x's type
-    fill a multiple of 16 bytes, as fast kernels for tensor cores want: in bf16 4 become 8.
+    """A matrix (r, n), contiguous. On CUDA rows of zeros are put below it until r values in x's
+    type fill a multiple of 16 bytes, as fast kernels for tensor cores want: in bf16 4 become 8.
     """
     missing = -len(matrix) % (16 // x.itemsize)
     if x.is_cuda and missing:
@@ -405,8 +405,8 @@ class AdaptiveFreezer:
         return names
 
     def check_optimizer(self, optimizer):
-        """Raises AFLoRAError for L-BFGS, for an optimizer that lacks a live matrix and, at the first
-        freeze, for one that made steps which update() has not seen.
+        """Raises AFLoRAError for L-BFGS, for an optimizer that lacks a live matrix and, at the
+        first freeze, for one that made steps which update() has not seen.
         """
         if isinstance(optimizer, torch.optim.LBFGS):
             raise AFLoRAError("L-BFGS would move what is frozen: use an optimizer that moves each "
@@ -418,8 +418,8 @@ class AdaptiveFreezer:
         first = next(iter(self.live.values()))  # one for all: their steps are alike
         steps_made = optimizer.state.get(first, {}).get("step", 0)
         if not self.frozen_at and steps_made > self.step:
-            raise AFLoRAError("the optimizer has made more steps than update() has seen: call it in "
-                              "each step, and at resume load the freezer's state, too")
+            raise AFLoRAError("the optimizer has made more steps than update() has seen: call it "
+                              "in each step, and at resume load the freezer's state, too")
 
     def average_trainable(self):
         """Trainable adapter parameters (without a head), averaged exactly over the steps so far."""
