@@ -99,8 +99,8 @@ class AFLoRALinear(nn.Module):
         h = F.linear(tokens, aligned(self.lora_A, x).to(x.dtype)).to(y.dtype)  # A X, (tokens, r)
         # Both vectors are folded into the thin B, as (L_b B L_d)^T, (r, out). The gradient of s_b
         # needs what s_b multiplies. In the order of (1) that is tokens x out activations, kept for
-        # backward; here it is r x out. Autocast, if on, rounds the sum below to its type, even if the
-        # base gave a wider one.
+        # backward; here it is r x out. Autocast, if on, rounds the sum below to its type, even if
+        # the base gave a wider one.
         folded_B = aligned(self.s_d[:, None] * self.lora_B.T * self.s_b, x).to(y.dtype)
         # (1)  Y = W0 X + L_b B L_d A X, that is y + h @ folded_B as one product
         return torch.addmm(y.reshape(-1, y.shape[-1]), h, folded_B).view(y.shape).to(y.dtype)
