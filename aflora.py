@@ -32,7 +32,7 @@ import pathlib
 import secrets
 import warnings
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from fractions import Fraction
 
 import numpy as np
@@ -95,13 +95,14 @@ class AFLoRALinear(nn.Module):
         if type(self.base) is nn.Linear:  # another base may need x as it is
             x = cast_by_autocast(x)  # once: the base and A would each do it
         tokens = x.reshape(-1, x.shape[-1])  # (tokens, in): all leading dimensions in one
-        y = self.base(tokens.view(x.shape), *args, **kwargs)  # W0 X; A reads the same memory
+        # W0 X. Both paths start from tokens: their gradients are summed here, before they reach x
+        y = self.base(tokens.view(x.shape), *args, **kwargs)
         h = F.linear(tokens, aligned(self.lora_A, x).to(x.dtype)).to(y.dtype)  # A X, (tokens, r)
         # Both vectors are folded into the thin B, as (L_b B L_d)^T, (r, out). The gradient of s_b
         # needs what s_b multiplies. In the order of (1) that is tokens x out activations, kept for
-        # backward; here it is r x out. Autocast, if on, rounds the sum below to its type, even if
-        # the base gave a wider one.
+        # backward; here it is r x out.
         folded_B = aligned(self.s_d[:, None] * self.lora_B.T * self.s_b, x).to(y.dtype)
+        # Y has the base's type, but under autocast the sum has been rounded to autocast's by then.
         # (1)  Y = W0 X + L_b B L_d A X, that is y + h @ folded_B as one product
         return torch.addmm(y.reshape(-1, y.shape[-1]), h, folded_B).view(y.shape).to(y.dtype)
 
@@ -165,9 +166,10 @@ def add_adapters(model, targets, rank=4, train_matrices="all", modules_to_save=(
     layers = {name: AFLoRALinear(modules[name], rank, seed, name) for name in names}
     model.requires_grad_(False)  # LayerNorms, embeddings and biases included
     replace_modules(model, {modules[name]: layer for name, layer in layers.items()})
-    for p in itertools.chain(*(modules[name].parameters() for name in saved)):
-        p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
-        p.requires_grad_(True)
+    for name in saved:
+        for p in modules[name].parameters():
+            p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
+            p.requires_grad_(True)
     model.saved_names = learned_names(model)  # for the file, even if they are frozen later
     model.adapter_config = dict(targets=names, rank=rank, train_matrices=trained,
                                 modules_to_save=saved, seed=seed)
@@ -225,8 +227,7 @@ def merge_adapters(model):
     """
     merged = {}
     for name, layer in adapters_of(model).items():
-        kind = type(layer.base).__name__
-        with blame(f"{name} cannot be merged: its {kind} needs a plain weight"):
+        with blame(f"{name} cannot be merged: {type(layer.base).__name__} needs a plain weight"):
             delta = layer.delta_weight()
             W0 = layer.base.get_parameter("weight")
             if not W0.is_floating_point() or W0.shape != delta.shape:
@@ -267,10 +268,10 @@ def freezing_fraction(step, total_steps, t_i, t_f):
     # (6)  r(t) = 0                                            t < t_i
     #           = 1 - (1 - (t - t_i) / (T - t_i - t_f))^3      t_i <= t < T - t_f
     #           = 1                                            T - t_f <= t
-    if step >= total_steps - t_f:
-        return Fraction(1)
     if step < t_i:
         return Fraction(0)
+    if step >= total_steps - t_f:
+        return Fraction(1)
     return 1 - (1 - Fraction(step - t_i, total_steps - t_i - t_f)) ** 3
 
 
@@ -369,10 +370,10 @@ class AdaptiveFreezer:
 
     def scores(self):
         """Equation (5) for every live matrix, {name: float}. One transfer from the device."""
-        # (5)  s(t) = mean(Ibar(t) * Ubar(t)). Ibar says how much the loss depends on an element,
-        #      Ubar how much that still changes: what is unimportant and settled freezes first.
         if not self.live:
             return {}
+        # (5)  s(t) = mean(Ibar(t) * Ubar(t)). Ibar says how much the loss depends on an element,
+        #      Ubar how much that still changes: what is unimportant and settled freezes first.
         means = [(self.Ibar[name] * self.Ubar[name]).mean() for name in self.live]
         return dict(zip(self.live, torch.stack(means).tolist()))
 
@@ -409,13 +410,13 @@ class AdaptiveFreezer:
         first freeze, for one that made steps which update() has not seen.
         """
         if isinstance(optimizer, torch.optim.LBFGS):
-            raise AFLoRAError("L-BFGS would move what is frozen: use an optimizer that moves each "
-                              "parameter by its own gradient")
+            raise AFLoRAError("L-BFGS would move what is frozen: use AdamW, SGD or the like")
         held = {p for group in optimizer.param_groups for p in group["params"]}
         for name, matrix in self.live.items():
             if matrix not in held:
                 raise AFLoRAError(f"the optimizer lacks {name}: make it after add_adapters()")
-        first = next(iter(self.live.values()))  # one for all: their steps are alike
+        # The optimizer counts its steps for each parameter; before the first freeze all are alike
+        first = next(iter(self.live.values()))
         steps_made = optimizer.state.get(first, {}).get("step", 0)
         if not self.frozen_at and steps_made > self.step:
             raise AFLoRAError("the optimizer has made more steps than update() has seen: call it "
@@ -476,31 +477,29 @@ class Training:
 
     def __init__(self, model, loss, *, total_steps, lr, head_lr=None, freezer=None,
                  precision="fp32", clip=1.0, warmup=0.06, weight_decay=0.0, graphs=False):
-        total_steps = whole("total_steps", total_steps, 1)
+        self.total_steps = whole("total_steps", total_steps, 1)
+        self.clip = real("clip", clip)
+        self.warmup = real("warmup", warmup, 0, 1)
         lr = real("lr", lr)
         head_lr = lr if head_lr is None else real("head_lr", head_lr)
-        clip = real("clip", clip)
-        warmup = real("warmup", warmup, 0, 1)
         weight_decay = real("weight_decay", weight_decay, 0)
         if precision not in COMPUTE_TYPES:
             raise AFLoRAError(f"precision is {precision!r}: choose fp32, bf16 or fp16")
-        if freezer and freezer.total_steps != total_steps:
-            raise AFLoRAError(f"a run of {total_steps} optimizer steps, epochs * ceil(batches / "
+        if freezer and freezer.total_steps != self.total_steps:
+            raise AFLoRAError(f"a run of {self.total_steps} optimizer steps, epochs * ceil(batches / "
                               "accumulate), needs a freezer that plans for as many")
         if freezer and freezer.step > 0:
             raise AFLoRAError("this freezer was used before: make a new one for each run")
         self.model = model
         self.loss = loss
         self.freezer = freezer
-        self.total_steps = total_steps
-        self.steps_per_epoch = total_steps  # train(), which has epochs, sets it
-        self.clip = clip
-        self.warmup = warmup
+        self.steps_per_epoch = self.total_steps  # train(), which has epochs, sets it
         self.precision = precision
         self.device = next(model.parameters()).device
         if self.device.type == "meta":
             raise AFLoRAError("the model has no values: load it, and train it without offloading")
-        self.autocast = autocast(self.device, precision)
+        if adapters_of(model):
+            check_same_model(model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         groups = parameter_groups(model, lr, head_lr, weight_decay)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
@@ -513,13 +512,14 @@ class Training:
         self.line = dict(step=0)  # of the log, from the last report()
         self.notes = {}  # the caller's own; a checkpoint keeps them as JSON
         self.epoch_start = random_state()  # the random state at the start of this epoch
-        # One tensor, since each read waits for the device; float32 whatever the default type is
+        # Two names for the parts of one tensor, so that read_sums() waits for the device only once;
+        # float32 whatever the default type is
         self.sums = torch.zeros(2, dtype=torch.float32, device=self.device)
         self.loss_sum = self.sums[0]  # of this epoch
         self.skipped = self.sums[1]  # steps of the run
         self.plan = dict(  # has to be the same on resume
-            total_steps=total_steps, lr=lr, head_lr=head_lr, weight_decay=weight_decay,
-            precision=precision, clip=clip, warmup=warmup,
+            total_steps=self.total_steps, lr=lr, head_lr=head_lr, weight_decay=weight_decay,
+            precision=precision, clip=self.clip, warmup=self.warmup,
             freezer=freezer is not None, **getattr(model, "adapter_config", {}))
 
     def rate(self):
@@ -546,15 +546,14 @@ class Training:
         if self.steps == 0:
             check_gradients(adapters_of(self.model))
         self.average_gradients()
-        trained = [p for p in self.parameters if p.grad is not None]
         # The score needs true gradients: still scaled, they would grow and shrink with the scaler;
         # clipped, they would depend on every other parameter's gradient.
         self.scaler.unscale_(self.optimizer)
-        norm = get_total_norm([p.grad for p in trained])
+        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         found_inf = ~norm.isfinite()
         if self.freezer:
             self.freezer.update(found_inf)
-        clip_grads_with_norm_(trained, self.clip, norm)
+        clip_grads_with_norm_(self.parameters, self.clip, norm)
         # In fp16 an overflowed step is skipped, but still counts. In bf16 and fp32 it is made, and
         # the next read_sums() raises an error.
         self.scaler.step(self.optimizer)
@@ -569,7 +568,7 @@ class Training:
 
     def forward_backward(self, batch, count):
         """Adds the gradients of one of `count` micro-batches to those already there."""
-        with self.autocast:
+        with autocast(self.device, self.precision):
             loss = self.loss(self.model, batch) / count
         with autocast(self.device, "fp32"):  # each product in the type that it had in the loss
             self.scaler.scale(loss).backward()
@@ -614,21 +613,18 @@ def autocast(device, precision):
 
 def parameter_groups(model, lr, head_lr, weight_decay):
     """For AdamW: modules_to_save have a rate of their own, vectors and biases have no decay."""
-    if adapters_of(model):
-        check_same_model(model)
     saved = getattr(model, "adapter_config", {}).get("modules_to_save", ())
     head = {p for name in saved for p in model.get_submodule(name).parameters()}
-    groups = {}
+    groups = defaultdict(list)
     for p in model.parameters():
         if p.requires_grad:
             peak = head_lr if p in head else lr
             decay = weight_decay if p.ndim > 1 else 0.0
-            if (peak, decay) not in groups:
-                groups[peak, decay] = dict(params=[], lr=peak, peak_lr=peak, weight_decay=decay)
-            groups[peak, decay]["params"].append(p)
+            groups[peak, decay].append(p)
     if not groups:
         raise AFLoRAError("nothing in this model is trainable: call add_adapters() first")
-    return list(groups.values())
+    return [dict(params=params, lr=peak, peak_lr=peak, weight_decay=decay)
+            for (peak, decay), params in groups.items()]
 
 
 def check_same_model(model):
@@ -710,7 +706,9 @@ class GraphRecorder:
 
 
 def places(parameters):
-    """The set of places where the parameters lie and, except for frozen ones, their gradients."""
+    """Where the parameters and their gradients lie, as a set: a freeze takes places out of it and
+    puts none in, so what is recorded still holds; whatever else moves puts in a new one.
+    """
     found = set()
     for i, p in enumerate(parameters):
         found.add((i, p.data_ptr()))
@@ -856,7 +854,7 @@ def is_quantised(module):
 def set_values(model, values, needed):
     """Loads {name: value} into a model. AFLoRAError, before any change, if they do not fit."""
     state = model.state_dict()
-    for name in {*needed, *values}:
+    for name in [*needed, *values]:
         with blame(name):
             there = getattr(values[name], "shape", None)  # a module's extra state has none
             expect_equal(dict(shape=there), dict(shape=getattr(state[name], "shape", None)))
@@ -950,10 +948,9 @@ def load_checkpoint(training, path):
 
 def write_file(path, content):
     """Writes bytes, or an object by torch.save; under another name first, so never half a file."""
-    # A link stays; the file it points to changes
-    path = pathlib.Path(os.path.realpath(os.path.expanduser(path)))
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # one for each process
     with blame(path):
+        path = pathlib.Path(path).expanduser().resolve()  # a link stays; its target is replaced
+        part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # one for each process
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with part.open("xb") as file:
