@@ -2,7 +2,7 @@
 
 LoRA keeps a pre-trained weight W0 still and learns a low-rank path beside it. AFLoRA puts a vector
 behind each of the path's two matrices. At first all four train; then the matrices are frozen for
-good, one after the other, the least important first, until only the vectors train.
+good, a few at a time, the least important first, until only the vectors train.
 
                Y  (tokens, out)
                ^
@@ -95,14 +95,14 @@ class AFLoRALinear(nn.Module):
         if type(self.base) is nn.Linear:  # another base may need x as it is
             x = cast_by_autocast(x)  # once: the base and A would each do it
         tokens = x.reshape(-1, x.shape[-1])  # (tokens, in): all leading dimensions in one
-        # W0 X. Both paths start from tokens: their gradients are summed here, before they reach x
+        # W0 X and a bias. Both paths start from tokens: there their gradients are added up
         y = self.base(tokens.view(x.shape), *args, **kwargs)
         h = F.linear(tokens, aligned(self.lora_A, x).to(x.dtype)).to(y.dtype)  # A X, (tokens, r)
         # Both vectors are folded into the thin B, as (L_b B L_d)^T, (r, out). The gradient of s_b
         # needs what s_b multiplies. In the order of (1) that is tokens x out activations, kept for
         # backward; here it is r x out.
         folded_B = aligned(self.s_d[:, None] * self.lora_B.T * self.s_b, x).to(y.dtype)
-        # Y has the base's type, but under autocast the sum has been rounded to autocast's by then.
+        # Autocast, if on, rounds the sum to its type, even if the base gave a wider one.
         # (1)  Y = W0 X + L_b B L_d A X, that is y + h @ folded_B as one product
         return torch.addmm(y.reshape(-1, y.shape[-1]), h, folded_B).view(y.shape).to(y.dtype)
 
@@ -140,7 +140,8 @@ def aligned(matrix, x):
 # ---------------------------------------------------------------------------- adapters into a model
 def add_adapters(model, targets, rank=4, train_matrices="all", modules_to_save=(), seed=0):
     """Wraps linear modules of a model in AFLoRALinear and freezes everything else. What was called
-    query.weight is then query.base.weight.
+    query.weight is then query.base.weight, and hooks on query stay on query.base. Load the model's
+    weights before, and do not call this in a model's __init__: from_pretrained would undo it.
 
     targets: whole names, each of which selects that module alone, or suffixes after a dot: "query"
         selects layers.0.query, not layers.0.bigquery. () adapts nothing. Experts that are one 3-D
@@ -187,7 +188,7 @@ def find(targets, names):
     for target in targets:
         hits = [target] if target in names else [n for n in names if n.endswith(f".{target}")]
         if not hits:
-            there = ", ".join(sorted({name.rpartition(".")[2] for name in names if name}))
+            there = sorted({name.rpartition(".")[2] for name in names if name})
             raise AFLoRAError(f"{target!r} selects nothing; there are: {there} (a target needs "
                               "in_features, which GPT-2's Conv1D in transformers lacks)")
         found.update(hits)
@@ -220,7 +221,8 @@ def adapters_of(model):
 
 @torch.no_grad()
 def merge_adapters(model):
-    """Makes the model plain again: W0 + L_b B L_d A replaces W0, and every adapter is removed.
+    """Makes the model plain again: W0 + L_b B L_d A replaces W0, and every adapter is removed. A
+    base has to use its weight as it is: if it scales or rounds it in forward, the sum is wrong.
 
     To go back, load the adapter's file into a fresh base. Raises AFLoRAError, before any change, if
     a base has no plain weight that can take up the sum, or if the sum is not finite in its type.
@@ -229,7 +231,7 @@ def merge_adapters(model):
     for name, layer in adapters_of(model).items():
         with blame(f"{name} cannot be merged: {type(layer.base).__name__} needs a plain weight"):
             delta = layer.delta_weight()
-            W0 = layer.base.get_parameter("weight")
+            W0 = dict(layer.base.named_parameters(recurse=False))["weight"]
             if not W0.is_floating_point() or W0.shape != delta.shape:
                 raise AFLoRAError(f"it has {W0.dtype} of shape {tuple(W0.shape)}")
             merged[layer] = (W0 + delta).to(W0.dtype)
@@ -285,9 +287,9 @@ class AdaptiveFreezer:
         every step from T - t_f on.
     beta1, beta2, kind: of equations (3), (4) and (2).
     In each optimizer step call update() once, on whole, unscaled, unclipped gradients, then
-    optimizer.step(), then freeze(optimizer): see Training.step. frozen_at is {name: step after
-    which it froze}, in order. Matrices that were frozen before stay so and do not count: for a new
-    run make the model anew.
+    optimizer.step(), then freeze(optimizer), and only then zero_grad(): see Training.step.
+    frozen_at is {name: step after which it froze}, in order. Matrices that were frozen before stay
+    so and do not count: for a new run make the model anew.
     """
 
     def __init__(self, adapters, total_steps, t_i, t_f, interval=10, beta1=0.85, beta2=0.95,
@@ -373,7 +375,8 @@ class AdaptiveFreezer:
         if not self.live:
             return {}
         # (5)  s(t) = mean(Ibar(t) * Ubar(t)). Ibar says how much the loss depends on an element,
-        #      Ubar how much that still changes: what is unimportant and settled freezes first.
+        #      Ubar how much that still changes. One of them near 0 makes the product small: what
+        #      is unimportant freezes early, and so does what is important but settled.
         means = [(self.Ibar[name] * self.Ubar[name]).mean() for name in self.live]
         return dict(zip(self.live, torch.stack(means).tolist()))
 
@@ -486,8 +489,8 @@ class Training:
         if precision not in COMPUTE_TYPES:
             raise AFLoRAError(f"precision is {precision!r}: choose fp32, bf16 or fp16")
         if freezer and freezer.total_steps != self.total_steps:
-            raise AFLoRAError(f"a run of {self.total_steps} optimizer steps, epochs * ceil(batches / "
-                              "accumulate), needs a freezer that plans for as many")
+            raise AFLoRAError(f"{self.total_steps} optimizer steps, epochs * ceil(batches / "
+                              "accumulate), need a freezer that plans for as many")
         if freezer and freezer.step > 0:
             raise AFLoRAError("this freezer was used before: make a new one for each run")
         self.model = model
@@ -523,7 +526,7 @@ class Training:
             freezer=freezer is not None, **getattr(model, "adapter_config", {}))
 
     def rate(self):
-        """The share of the peak rates in the next step: the lower of warm-up's and decay's line."""
+        """The factor on the peak rates in the next step: the lower of two lines, up and down."""
         rising = (self.steps + 1) / (self.warmup * self.total_steps + 1)
         falling = (1 - self.steps / self.total_steps) / (1 - self.warmup)
         return min(rising, falling)
@@ -554,8 +557,8 @@ class Training:
         if self.freezer:
             self.freezer.update(found_inf)
         clip_grads_with_norm_(self.parameters, self.clip, norm)
-        # In fp16 an overflowed step is skipped, but still counts. In bf16 and fp32 it is made, and
-        # the next read_sums() raises an error.
+        # In fp16 an overflowed step is skipped, but still counts. In bf16 and fp32 the step is
+        # made, and the next read_sums() raises an error.
         self.scaler.step(self.optimizer)
         self.scaler.update()
         frozen = self.freezer.freeze(self.optimizer) if self.freezer else []
@@ -748,13 +751,15 @@ def train(model, batches, loss, *, epochs, accumulate=1, after_step=None, resume
 
     batches: callable, epoch -> a list, DataLoader or the like of batches: tensors in tuples, lists
         or dicts; the same number in each epoch (len(batches(0)) is read first). For a resume, their
-        order may depend on the epoch and on torch's global generators, and on nothing else.
+        order may depend on the epoch and on torch's global generators, and on nothing else; that of
+        a DataLoader with persistent workers depends on more.
     accumulate: micro-batches of one optimizer step, equally weighted.
     after_step: callable that is given the Training after each step, to do one or more of these:
         log training.line, which is renewed every 10 steps, at an epoch's end and at a freeze;
         evaluate: before a step the whole model, frozen parts too, is put into training mode;
-        save a checkpoint, which also holds the dict training.notes. Do so last: random numbers that
-        are drawn after it (each pass through a DataLoader draws one) are not drawn at resume;
+        save a checkpoint, which also holds the dict training.notes as JSON. Do so last: random
+        numbers that are drawn after it (each pass through a DataLoader draws one) are not drawn at
+        resume;
         stop, by raising an exception.
     resume: a checkpoint to continue from; on a CPU bit-identical to an uninterrupted run.
     Returns the Training. Raises AFLoRAError at the next log line if something was not finite.
@@ -886,9 +891,10 @@ def save_adapter(model, path):
 def load_adapter(model, path):
     """Loads save_adapter's file into the plain model, or into one with the same adapters.
 
-    Returns {name: AFLoRALinear}. All of train_matrices trains again, whatever was frozen. The
-    base's own weights are not compared. An AFLoRAError, before any value changes, says what
-    differs; a plain model may have adapters by then: make it anew.
+    Returns {name: AFLoRALinear}. In a plain model all of train_matrices trains again; in one with
+    adapters what is frozen stays so. What was unfrozen by hand has to be unfrozen again. The base's
+    own weights are not compared. An AFLoRAError, before any value changes, says what differs; a
+    plain model may have adapters by then: make it anew.
     """
     content = read_file(path, ADAPTER_FORMAT)
     with blame(path):

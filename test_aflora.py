@@ -332,7 +332,7 @@ def test_frozen_is_frozen():
             assert p.grad is None
         optimizer.zero_grad(set_to_none=True)
 
-    # All froze in the ramp, which ended a hundred steps before the end
+    # All froze in the ramp, which ended a hundred steps before the loop did
     assert len(kept) == 12
     assert min(freezer.frozen_at.values()) > 20
     assert max(freezer.frozen_at.values()) == 100

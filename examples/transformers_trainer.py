@@ -21,10 +21,11 @@ Writes adapter.pt and a folder trainer, with checkpoints, where it is started.
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 from torch.nn.utils import get_total_norm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # not needed beside aflora.py
@@ -55,6 +56,11 @@ class AFLoRATrainer(Trainer):
         self.freezer = None
         self.checkpoint = None  # the folder from which this training goes on
         self.add_callback(Freezing(self))
+        if isinstance(self.model, PreTrainedModel):
+            # Under the names of older versions, in which transformers writes a ViT, for one, a
+            # checkpoint's adapters would not be found again
+            save = partial(self.model.save_pretrained, save_original_format=False)
+            self.model.save_pretrained = save
 
     def train(self, resume_from_checkpoint=None, **settings):
         """Trains, from the start, from a checkpoint's folder or, if True, from the last one."""

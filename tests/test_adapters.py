@@ -215,13 +215,14 @@ def test_targets_are_whole_names():
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"targets": ["quary"]}, ["quary", "down, head, query, up"]),
+    ({"targets": ["quary"]}, ["quary", "['down', 'head', 'query', 'up']"]),
     ({"targets": ["uery"]}, ["uery"]),
     ({"targets": "blocks.0.(up|down)"}, ["blocks.0.(up|down)"]),
     ({"targets": ["query", "blocks"]}, ["'blocks'"]),
     ({"targets": ["query", "norm"]}, ["'norm'"]),
     ({"targets": ["query"], "modules_to_save": ["heads"]}, ["heads", "head"]),
-    ({"targets": ["query"], "train_matrices": ["up"]}, ["'up' selects nothing; there are: query"]),
+    ({"targets": [0]}, ["0 selects nothing"]),
+    ({"targets": ["query"], "train_matrices": ["up"]}, ["'up' selects nothing", ": ['query'] (a"]),
     ({"targets": ["query"], "train_matrices": "none"}, ["'none'"]),
     ({"targets": ["query"], "rank": 0}, ["rank is 0"]),
     ({"targets": ["query"], "rank": 2.5}, ["rank is 2.5"]),
@@ -402,6 +403,20 @@ def holding(weight):
     return base
 
 
+class OverAnother(nn.Module):
+    """A base whose weight is that of a module inside it, as PEFT's layers show it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.in_features = inner.in_features
+        self.out_features = inner.out_features
+
+    @property
+    def weight(self):
+        return self.inner.weight
+
+
 def without_weight():
     """A base with nothing but its two numbers."""
     base = nn.Identity()
@@ -413,6 +428,7 @@ def without_weight():
 @pytest.mark.parametrize("base, word", [
     (weight_norm(nn.Linear(4, 4)), "1 cannot be merged: .*plain weight"),
     (without_weight(), "1 cannot be merged: Identity"),
+    (OverAnother(nn.Linear(4, 4)), "1 cannot be merged: OverAnother"),
     (holding(torch.full((4, 4), 65504.0).half()),
      "1 cannot be merged: .*not finite in torch.float16, use float32"),
     (holding(torch.ones(4, 4, dtype=torch.int8)), "1 cannot be merged: .*plain weight"),

@@ -421,7 +421,7 @@ TEN_SEEDS = range(10)
 
 def test_the_readme_has_the_numbers_of_the_files(committed):
     """Its table of methods: MRPC at the full budget, then both tasks at the quick preset."""
-    rows = rows_of("README.md", "| method | trained beside the head, average of 8 epochs |")
+    rows = rows_of("README.md", "| method | trained on average beside the head, MRPC, 8 epochs |")
     assert len(rows) == len(results.METHODS)
     for name, trained, *scores in rows:
         arm = LABELS.get(name, name.lower())
@@ -485,9 +485,9 @@ def test_the_front_page_s_sentences_have_the_numbers_of_the_files(committed):
         mean, error, _ = apart("sst2-20k", arm, results.SEEDS, "sst2")
         errors.append((f"{mean} ± {error}", f"{corrected['sst2', arm]:.2f}"))
     below, above = errors
-    assert (f"is {below[0]} below and {above[0]} above them (three seeds, fp32; p {below[1]} and "
-            f"{above[1]} after Holm's correction). ELoRA r=1024 has {rows['elora r=1024']} (two "
-            "seeds).") in page
+    assert (f"is {below[0]} below LoRA, {above[0]} above ELoRA (three seeds, fp32; p {below[1]} "
+            f"and {above[1]} after Holm's correction). ELoRA r=1024 has {rows['elora r=1024']} "
+            "(two seeds).") in page
     assert len(results.load("sst2", "elora r=1024", results.SEEDS)) == 2
     mean, _, _ = apart("quick", "lora r=8", results.SEEDS)
     corrected = results.corrected_p_values(results.rows_of_methods())

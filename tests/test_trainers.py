@@ -186,6 +186,20 @@ def test_a_resumed_trainer_equals_one_that_was_not_stopped(example, tmp_path):
         assert_same_weights(again.model, first.model)
 
 
+def test_a_checkpoint_has_the_names_of_the_model(example, tmp_path):
+    """transformers would write a ViT's weights under older names, and find no adapter at resume."""
+    from safetensors.torch import load_file
+    from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
+    model = ViTForImageClassification(ViTConfig(
+        image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8))
+    adapters = add_adapters(model, ["q_proj"], modules_to_save=["classifier"])
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = example.AFLoRATrainer(model, args, make_freezer=partial(make_freezer, adapters))
+    trainer.save_model()
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
+
+
 def test_a_trainer_does_not_resume_without_its_freezer(example, tmp_path):
     """A checkpoint of another Trainer, and one of another plan, are refused by name."""
     make_trainer(example, tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
