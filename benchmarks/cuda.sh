@@ -29,9 +29,13 @@ part() {  # its name, its limit in seconds, its command
 }
 
 full="python3 train_glue_small.py --preset full"
+rm -rf runs/cuda-*  # a run that was cut off would stand in the way of its repetition
 part tests 120 env CUDA_VISIBLE_DEVICES=0 python3 -m pytest -q tests/test_graphs.py
-part sst2 150 $full --task sst2 --out "$out/run-sst2"
-part mrpc 60 $full --task mrpc --out "$out/run-mrpc"
+part sst2 150 $full --task sst2 --out runs/cuda-sst2
+part mrpc 60 $full --task mrpc --out runs/cuda-mrpc
+for task in sst2 mrpc; do
+  wanted "$task" && cp "runs/cuda-$task/result.json" "$out/$task.json"
+done
 part diet 150 python3 benchmarks/diet.py
 part step-minilm 150 python3 benchmarks/step.py --shape minilm --size 64x24 --precision bf16
 part step-base 220 python3 benchmarks/step.py --shape base --size 64x128 --precision bf16 --rounds 8

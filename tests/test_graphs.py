@@ -397,6 +397,30 @@ def test_recorded_on_cuda_equals_eager(precision):
     assert [line["loss"] for line in recorded[2]] == [line["loss"] for line in eager[2]]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+@pytest.mark.parametrize("rank", [4, 6, 8])
+def test_the_layer_in_bf16_equals_the_dense_formula(device, rank):
+    """Output and every gradient, against equation (1) in float64. On CUDA the thin matrices of
+    ranks 4 and 6 are filled up to eight rows."""
+    torch.manual_seed(0)
+    base = torch.nn.Linear(48, 40).to(device, torch.bfloat16).requires_grad_(False)
+    layer = aflora.AFLoRALinear(base, rank)
+    tiny.perturb(layer)
+    x = torch.randn(2, 9, 48, device=device, dtype=torch.bfloat16, requires_grad=True)
+    leaves = {"x": x, **dict(layer.named_parameters(recurse=False))}
+    exact = {name: p.detach().double().requires_grad_() for name, p in leaves.items()}
+    W = base.weight.double() + (exact["s_b"].diag() @ exact["lora_B"] @ exact["s_d"].diag()
+                                @ exact["lora_A"])
+    expected = exact["x"] @ W.T + base.bias.double()
+    y = layer(x)
+    direction = torch.randn_like(y)
+    y.backward(direction)
+    expected.backward(direction.double())
+    pairs = [(y, expected)] + [(leaves[name].grad, exact[name].grad) for name in leaves]
+    for found, right in pairs:
+        assert (found.double() - right).norm() < 0.02 * right.norm()
+
+
 @CUDA
 @pytest.mark.parametrize("every", [1, 5])
 def test_a_hook_may_drop_gradients_on_cuda(every):
