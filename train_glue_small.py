@@ -82,7 +82,10 @@ class Block(nn.Module):
         return self.output_norm(x + self.drop(y))
 
     def attention(self, x, mask):
-        """Every token looks at every real token: softmax(q k^T / sqrt(d)) v, head by head."""
+        """Every token looks at every real token: softmax(q k^T / sqrt(d)) v, head by head.
+
+        Without Hugging Face's dropout of the softmax.
+        """
         q = self.split_heads(self.query(x))
         k = self.split_heads(self.key(x))
         v = self.split_heads(self.value(x))
@@ -300,8 +303,8 @@ def trainable(module):
 def run_folder(name, args):
     """The folder of a task's run. AFLoRAError if a new run would overwrite a stopped one."""
     if args.resume:
-        return Path(args.resume)
-    folder = Path(args.out or "runs")
+        return Path(args.resume).expanduser()
+    folder = Path(args.out or "runs").expanduser()
     if args.task == "both" or not args.out:
         folder = folder / f"{name}-{args.method}-s{args.seed}"
     if (folder / "checkpoint.pt").exists():
@@ -336,6 +339,8 @@ class Run:
         print(f"\n{task.title}: {len(task.train)} rows to train on, {len(task.dev)} dev, "
               f"{task.source}")
         print(f"{self.args.method}, {self.preset}:", ", ".join(used))
+        if (self.out / "result.json").exists():
+            print(f"this run replaces the finished one in {self.out}; to keep it choose --out")
 
     def prepare(self):
         """Makes everything the training needs: model, examples, adapters, freezer."""

@@ -16,7 +16,9 @@ RENAMED = {  # names in Hugging Face's checkpoints -> names here; old ones have 
     "embeddings.position": "position", "embeddings.token": "token", "attention.self.": "",
     ".dense": "", "attention.output.LayerNorm": "attention_norm",
     "attention.output": "attention_output", "output.LayerNorm": "output_norm"}
-SUPPORTED = dict(model_type="bert", hidden_act="gelu", position_embedding_type="absolute")
+SUPPORTED = dict(
+    model_type="bert", hidden_act="gelu", position_embedding_type="absolute", is_decoder=False,
+    quantization_config=None)
 KINDS = dict(
     F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
     I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)

@@ -11,6 +11,8 @@ as SNIP does), so signals and gradients flow as at the start, and a file holds a
                                                 flags of train_glue_small.py, and --keep SHARE
     pip install matplotlib                      for the plot of all runs
 
+All runs are in results/ already: --out FILE makes them anew.
+
 On MNIST a dense network runs beside FreezeNet with two saliencies, SNIP, and a random choice.
 Papers: FreezeNet, Wimmer et al. (arXiv 2011.14087); SNIP, Lee et al. (1810.02340).
 """

@@ -577,13 +577,15 @@ def test_a_refused_start_touches_nothing(finished, capsys, flags):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_run_that_begins_replaces_the_old_one(folder, monkeypatch):
-    """No result or map of an earlier run stands beside a new run's log."""
+def test_a_run_that_begins_replaces_the_old_one(folder, monkeypatch, capsys):
+    """It says so first. No result or map of an earlier run stands beside a new run's log."""
     assert run_main(folder, "--epochs 1") == 0
+    assert "replaces" not in capsys.readouterr().out
     (folder / "out/adapter.pt.12ab34cd.part").touch()  # of a killed one
     there = []
     spy(monkeypatch, glue, "loss", lambda *_: there.append(sorted(contents(folder / "out"))))
     assert run_main(folder, "--epochs 2 --batch-size 4 --method lora") == 0
+    assert f"replaces the finished one in {folder / 'out'}" in capsys.readouterr().out
     assert "result.json" in there[0]  # until the first step is made
     for names in there[1:]:
         assert not {"result.json", "freeze_map.txt", "adapter.pt.12ab34cd.part"} & set(names)

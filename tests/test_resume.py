@@ -344,11 +344,13 @@ def spoilt(stopped):
         path.write_bytes(content)
 
 
-def test_a_stopped_run_is_not_overwritten(stopped, capsys):
+@pytest.mark.parametrize("flags", ["", " --out=~/out"])
+def test_a_stopped_run_is_not_overwritten(stopped, monkeypatch, capsys, flags):
     """A new start in its folder is refused, with a word on how to go on, and touches nothing."""
+    monkeypatch.setenv("HOME", str(stopped))
     before = contents(stopped / "out")
     capsys.readouterr()
-    assert run_main(stopped, RUN) == 2
+    assert run_main(stopped, RUN + flags) == 2
     message = capsys.readouterr().err
     assert str(stopped / "out/checkpoint.pt") in message and "--resume" in message
     assert contents(stopped / "out") == before
