@@ -33,7 +33,7 @@ rm -rf runs/cuda-*  # a run that was cut off would stand in the way of its repet
 part tests 120 env CUDA_VISIBLE_DEVICES=0 python3 -m pytest -q tests/test_graphs.py
 part sst2 150 $full --task sst2 --out runs/cuda-sst2
 part mrpc 60 $full --task mrpc --out runs/cuda-mrpc
-for task in sst2 mrpc; do
+for task in sst2 mrpc; do  # they name folders of this machine: shorten these before a commit
   wanted "$task" && cp "runs/cuda-$task/result.json" "$out/$task.json"
 done
 part diet 150 python3 benchmarks/diet.py
