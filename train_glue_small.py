@@ -169,7 +169,8 @@ def load_model(folder, seed, device):
     tokenizer = load_tokenizer(folder)
     rows = model.encoder.word_embeddings.num_embeddings
     if len(tokenizer.vocab) != rows:
-        raise AFLoRAError(f"{folder}: vocab.txt has {len(tokenizer.vocab)} tokens, weights {rows}")
+        raise AFLoRAError(f"{folder}: vocab.txt or tokenizer.json has {len(tokenizer.vocab)} tokens, "
+                          f"weights {rows}")
     return model.to(device), tokenizer, str(folder)
 
 
@@ -210,16 +211,16 @@ def hold_frozen_weights(encoder, precision):
             module.to(aflora.COMPUTE_TYPES[precision])
 
 
-def adapt(model, args, rank):
+def adapt(model, args, recipe):
     """Adds to a classifier what the method trains besides the head. Gives {name: AFLoRALinear}."""
     if args.method in ("full", "head"):
         layers = aflora.add_adapters(model, (), modules_to_save=["head"])
         model.encoder.requires_grad_(args.method == "full")
         return layers
-    groups = {"ffn": FFN, "attention": ATTENTION, "all": "all", "none": ()}
-    trained = groups[args.train_matrices] if args.method == "aflora" else "all"
+    groups = {"ffn": FFN, "attention": ATTENTION, "all": "all", "none": (), None: "all"}
+    trained = groups[recipe["train_matrices"]]
     layers = aflora.add_adapters(
-        model, ATTENTION + FFN, rank, trained, modules_to_save=["head"], seed=args.seed)
+        model, ATTENTION + FFN, recipe["rank"], trained, modules_to_save=["head"], seed=args.seed)
     if args.method == "lora":
         as_lora(layers)
     if args.method == "elora":
@@ -243,12 +244,14 @@ RECIPES = {
     ("full", "mrpc"): dict(
         limit=None, epochs=8, batch_size=32, t_i=0.125, t_f=0.7, lr=4e-3, head_lr=1e-3, rank=4),
 }
-METHODS = {
-    "aflora": {},
-    "lora": dict(rank=8, lr=1e-3),
-    "elora": dict(rank=1024, lr=1e-2),
-    "full": dict(lr=1e-4, head_lr=1e-4),
-    "head": dict(lr=2e-3),
+NO_FREEZING = dict(t_i=None, t_f=None, sensitivity=None)
+NO_AFLORA = NO_FREEZING | dict(train_matrices=None)
+METHODS = {  # None: what the method does not use
+    "aflora": dict(train_matrices="ffn", sensitivity="gradient-weight"),
+    "lora": dict(rank=8, lr=1e-3) | NO_AFLORA,
+    "elora": dict(rank=1024, lr=1e-2) | NO_AFLORA,
+    "full": dict(rank=None, lr=1e-4, head_lr=1e-4) | NO_AFLORA,
+    "head": dict(rank=None, lr=2e-3, head_lr=None) | NO_AFLORA,
 }
 VERSIONS = {
     "python": sys.version.split()[0],
@@ -262,19 +265,23 @@ def choose_recipe(name, args, device):
     preset = args.preset
     if preset == "auto":
         preset = "full" if device.type == "cuda" else "quick"
-    recipe = RECIPES[preset, name] | METHODS[args.method]
-    recipe |= {key: value for key, value in vars(args).items() if key in recipe}
-    if args.method != "aflora" or args.train_matrices == "none":  # nothing freezes
-        recipe |= dict(t_i=None, t_f=None)
-    if args.method in ("full", "head"):  # and these have no adapters
-        recipe["rank"] = None
-    if args.method == "head":  # it alone trains: --lr and --head-lr are one
-        recipe["head_lr"] = getattr(args, "head_lr", recipe["lr"])
-        recipe["lr"] = recipe["head_lr"]
+    method = METHODS[args.method]
+    if getattr(args, "train_matrices", None) == "none":  # then nothing freezes, either
+        method = method | NO_FREEZING
+    recipe = RECIPES[preset, name] | method
+    for key in recipe.keys() & vars(args):
+        if key in method and method[key] is None:
+            raise AFLoRAError(f"{flag_of(key)} would change nothing in this run: leave it out")
+        recipe[key] = getattr(args, key)
     for key in ("limit", "epochs", "batch_size"):
         if recipe[key] is not None:
-            aflora.whole(f"--{key.replace('_', '-')}", recipe[key], 1)
+            aflora.whole(flag_of(key), recipe[key], 1)
     return preset, recipe
+
+
+def flag_of(key):
+    """The command line's name of a recipe's key: t_i is --t-i."""
+    return "--" + key.replace("_", "-")
 
 
 def choose_precision(amp, device):
@@ -369,7 +376,7 @@ class Run:
         plain = self.predict_dev()
         if self.args.method != "full":
             hold_frozen_weights(self.model.encoder, self.precision)
-        layers = adapt(self.model, self.args, self.recipe["rank"])
+        layers = adapt(self.model, self.args, self.recipe)
         wrapped = self.predict_dev()
         before = metrics(plain, self.dev_set.labels)["accuracy"]
         after = metrics(wrapped, self.dev_set.labels)["accuracy"]
@@ -389,7 +396,7 @@ class Run:
             t_f = round(self.recipe["t_f"] * T)
             if self.recipe["t_i"] + self.recipe["t_f"] <= 1:  # both rounded up, they might not fit
                 t_f = min(t_f, T - t_i)
-            return aflora.AdaptiveFreezer(self.layers, T, t_i, t_f, kind=self.args.sensitivity)
+            return aflora.AdaptiveFreezer(self.layers, T, t_i, t_f, kind=self.recipe["sensitivity"])
 
     def predict_dev(self):
         """The predicted classes of dev, (N,)."""
@@ -511,10 +518,10 @@ class Run:
             method=args.method,
             preset=self.preset,
             seed=args.seed,
-            sensitivity=args.sensitivity if freezer else None,
-            train_matrices=args.train_matrices if args.method == "aflora" else None,
             data=f"{self.task.title}: {self.task.source}",
             weights=self.weights,
+            rows=len(self.train_set.labels),
+            checksums=self.checksums,
             accuracy=last["accuracy"],
             f1=last["f1"] if pairs else None,
             best_epoch=best["epoch"],
@@ -607,14 +614,15 @@ def make_parser():
     flag("--method", default="aflora", choices=METHODS,
          help="what trains; to compare methods take the rates of results/README.md")
     flag("--preset", default="auto", choices=("auto", "quick", "full"), help="auto: full on CUDA")
-    flag("--sensitivity", default="gradient-weight",
-         choices=("gradient-weight", "gradient", "weight"), help="equation (2) of the score")
-    flag("--train-matrices", default="ffn", choices=("ffn", "attention", "all", "none"),
-         help="whose A and B train until they freeze (aflora)")
+    flag("--sensitivity", default=argparse.SUPPRESS,
+         choices=("gradient-weight", "gradient", "weight"),
+         help="equation (2) of the score (default: gradient-weight)")
+    flag("--train-matrices", default=argparse.SUPPRESS, choices=("ffn", "attention", "all", "none"),
+         help="whose A and B train until they freeze (default: ffn)")
     flag("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"),
          help="mixed precision; auto: bf16 where it is native, else fp16 on CUDA, off on a CPU")
     flag("--seed", default=0, type=int, help="for data order, head, dropout and random matrices")
-    flag("--model", help="folder: config.json, vocab.txt, weights; else $AFLORA_MODEL or MiniLM-L6")
+    flag("--model", help="folder of a BERT's files; else $AFLORA_MODEL or MiniLM-L6")
     flag("--data", default=os.environ.get("AFLORA_DATA"), help="folder of texts; else fetched")
     flag("--out", help="folder of the run; %(default)s: runs/TASK-METHOD-sSEED")
     flag("--checkpoint-every", default=500, type=int, help="steps; also at each epoch's end")

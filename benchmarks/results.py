@@ -254,7 +254,7 @@ def command_of(task, arm, seed, lr=None):
         return f"examples/freezenet.py --rank 4 {own}"
     if arm in QUESTIONS:
         own = f"{QUESTIONS[arm]} {own}"
-    if arm == "head only" or (arm == "full" and PRESET == "quick"):
+    if arm == "full" and PRESET == "quick":
         own += f" --head-lr {rate}"
     elif arm == "full":  # one rate of the head for all methods
         own += f" --head-lr {companion.RECIPES[recipe_name(), task]['head_lr']}"

@@ -180,8 +180,9 @@ def find(name, folder):
 def fetch(name, folder=None):
     """Path of a file that FILES names: in `folder` if you give one, else in the cache.
 
-    What the cache lacks comes from the first source that answers, and is kept whole or not at all.
-    Raises AFLoRAError for a file with the wrong sha256, and ConnectionError if no source answers.
+    What the cache lacks comes from the first source that has it, and is kept whole or not at all.
+    Raises ConnectionError if no source answers, and AFLoRAError for other bytes than expected: in
+    the cache, or from a source, if no later one has the right ones.
     """
     if folder:
         return find(name, folder)
@@ -191,19 +192,22 @@ def fetch(name, folder=None):
         check(path.read_bytes(), sha256, path, "delete it")
         return path
 
-    reasons = []
+    failures = []
     for source in sources:
+        place = " > ".join([source.address, *source.members])
         try:
             data = unpack(ask(source), source)
-        except ConnectionError as error:
-            reasons.append(str(error))
+            check(data, sha256, place, "nothing was kept")
+        except (ConnectionError, AFLoRAError) as error:  # a proxy may have sent a page of its own
+            failures.append(error)
             continue
-        check(data, sha256, " > ".join([source.address, *source.members]), "nothing was kept")
         write_file(path, data)
         return path
-    raise ConnectionError(f"{name} cannot be fetched ({'; '.join(reasons)}). Put the file at "
-                          f"{path}, or name a folder with SST-2 and MRPC by --data, or one with "
-                          "the weights by --model or $AFLORA_MODEL")
+    answered = any(isinstance(failure, AFLoRAError) for failure in failures)
+    kind = AFLoRAError if answered else ConnectionError
+    raise kind(f"{name} cannot be fetched ({'; '.join(map(str, failures))}). Put the file at {path}, "
+               "or name a folder with SST-2 and MRPC by --data, or one with the weights by --model "
+               "or $AFLORA_MODEL")
 
 
 def model_folder():

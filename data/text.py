@@ -102,16 +102,15 @@ CHINESE = re.compile(
 class WordPieceTokenizer:
     """BERT's WordPiece (arXiv 1810.04805): Hugging Face's ids, for characters of Unicode 8.
 
-    vocab_path: a file with one token per line. lower_case: also drops accents.
+    vocab_path: a vocab.txt, or the tokenizer.json of one. lower_case: also drops accents.
     """
 
     SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
     def __init__(self, vocab_path, lower_case=True):
         with blame(vocab_path):
-            tokens = Path(vocab_path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            self.vocab = read_vocabulary(Path(vocab_path))
         self.lower_case = lower_case
-        self.vocab = {token.rstrip(): i for i, token in enumerate(tokens)}
         for token in self.SPECIAL:
             if token not in self.vocab:
                 raise AFLoRAError(f"{vocab_path} lacks {token}: not a BERT vocabulary")
@@ -199,6 +198,15 @@ def is_a_word(c):
     return bool(CHINESE.match(c)) or unicodedata.category(c).startswith("P") or c in "$+<=>^`|~"
 
 
+def read_vocabulary(path):
+    """{token: id} of a file with one token per line, or of a tokenizer.json."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        return json.loads(text)["model"]["vocab"]
+    tokens = text.removesuffix("\n").split("\n")
+    return {token.rstrip(): i for i, token in enumerate(tokens)}
+
+
 def load_tokenizer(folder):
     """The tokenizer of a Hugging Face folder. AFLoRAError if Hugging Face's ids would differ.
 
@@ -216,7 +224,11 @@ def load_tokenizer(folder):
         there = {key: config[key] for key in known if config.get(key) is not None}
         expect_equal(known | there, known)
     check_added_tokens(folder)
-    return WordPieceTokenizer(Path(folder, "vocab.txt"), config["do_lower_case"])
+    vocab_path = Path(folder, "vocab.txt")
+    whole_tokenizer = Path(folder, "tokenizer.json")
+    if whole_tokenizer.exists() and not vocab_path.exists():  # transformers 5 saves that alone
+        vocab_path = whole_tokenizer
+    return WordPieceTokenizer(vocab_path, config["do_lower_case"])
 
 
 def check_added_tokens(folder):
@@ -224,7 +236,8 @@ def check_added_tokens(folder):
 
     Hugging Face's tokenizers look for added tokens in a text before they split it into words.
     """
-    for file in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+    for file in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                 "tokenizer.json"):
         path = Path(folder, file)
         if not path.exists():
             continue
@@ -235,6 +248,8 @@ def check_added_tokens(folder):
                 tokens += content.get(key) or []
             if file == "added_tokens.json":
                 tokens = list(content)
+            if file == "tokenizer.json":
+                tokens = content.get("added_tokens", [])
             names = [token["content"] if isinstance(token, dict) else token for token in tokens]
             if not set(names) <= set(WordPieceTokenizer.SPECIAL):
                 raise AFLoRAError(f"tokens were added, {names}: only BERT's own are supported")

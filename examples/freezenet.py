@@ -492,14 +492,13 @@ class OneShotRun(companion.Run):
         self.model.eval()  # without dropout
         for layer in self.layers.values():
             nn.init.ones_(layer.s_b)  # at its start, 0, no gradient reaches A and B
-        freeze_one_shot(self.model, loss, keep, self.args.sensitivity, freezer.matrices)
+        freeze_one_shot(self.model, loss, keep, self.recipe["sensitivity"], freezer.matrices)
         for layer in self.layers.values():
             nn.init.zeros_(layer.s_b)
         return keep
 
     def make_result(self, training):
-        ours = {"method": "freezenet", "sensitivity": self.args.sensitivity}
-        return super().make_result(training) | ours
+        return super().make_result(training) | {"method": "freezenet"}
 
     def save_adapter(self):
         make_whole(self.model)

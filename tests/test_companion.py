@@ -26,7 +26,7 @@ FIELDS = set(
     "task data method rank seed preset accuracy f1 best_accuracy best_f1 best_epoch weights lr "
     "head_lr epochs batch_size limit t_i t_f sensitivity train_matrices history skipped "
     "trainable_start trainable_end trainable_average head_parameters steps seconds ms_per_step "
-    "peak_memory_bytes device precision versions frozen_at".split())
+    "peak_memory_bytes device precision versions frozen_at rows checksums".split())
 
 
 def spy(monkeypatch, module, name, note):
@@ -163,7 +163,7 @@ def test_train_matrices(folder, groups, count):
     ("mrpc", "--preset full", {"epochs": 8, "batch_size": 32, "t_i": 0.125, "t_f": 0.7,
                                "lr": 4e-3, "rank": 4}),
     ("sst2", "--method lora", {"lr": 1e-3, "head_lr": 2e-3, "rank": 8}),  # the method's rate
-    ("sst2", "--preset quick --method lora --lr 5e-4 --epochs 1 --t-f 0.2",  # LoRA has no t_f
+    ("sst2", "--preset quick --method lora --lr 5e-4 --epochs 1",  # LoRA has no t_f
      {"lr": 5e-4, "epochs": 1, "t_f": None, "batch_size": 32}),
 ])
 def test_the_recipe(folder, task, flags, expected):
@@ -190,12 +190,14 @@ def test_every_recipe(device, preset, sst2, mrpc):
     them, and what a method does not use is None."""
     recipes = {"sst2": sst2, "mrpc": mrpc}
     methods = {
-        "aflora": {},
-        "lora": dict(rank=8, lr=1e-3, t_i=None, t_f=None),
-        "elora": dict(rank=1024, lr=1e-2, t_i=None, t_f=None),
-        "full": dict(rank=None, lr=1e-4, head_lr=1e-4, t_i=None, t_f=None),
-        "head": dict(rank=None, lr=2e-3, head_lr=2e-3, t_i=None, t_f=None),
+        "aflora": {"train_matrices": "ffn", "sensitivity": "gradient-weight"},
+        "lora": dict(rank=8, lr=1e-3),
+        "elora": dict(rank=1024, lr=1e-2),
+        "full": dict(rank=None, lr=1e-4, head_lr=1e-4),
+        "head": dict(rank=None, lr=2e-3, head_lr=None),
     }
+    for method in methods.keys() - {"aflora"}:
+        methods[method] |= dict(t_i=None, t_f=None, train_matrices=None, sensitivity=None)
     assert glue.METHODS.keys() == methods.keys()
     for method, own in methods.items():
         for flags in ([], ["--preset", preset]):
@@ -205,12 +207,13 @@ def test_every_recipe(device, preset, sst2, mrpc):
                 assert chosen == (preset, recipe | own)
 
 
-@pytest.mark.parametrize("flags, lr", [("", 2e-3), ("--lr 5e-3", 5e-3), ("--head-lr 5e-3", 5e-3),
-                                       ("--lr 1e-3 --head-lr 5e-3", 5e-3)])
-def test_a_head_alone_has_one_rate(flags, lr):
-    args = glue.parse(["--method", "head", *flags.split()])
-    _, recipe = glue.choose_recipe("mrpc", args, torch.device("cpu"))
-    assert recipe["lr"] == recipe["head_lr"] == lr
+@pytest.mark.parametrize("flags, lr", [("", 2e-3), ("--lr 5e-3", 5e-3)])
+def test_a_head_alone_has_one_rate(folder, monkeypatch, flags, lr):
+    """It is --lr."""
+    seen = []
+    spy(monkeypatch, aflora, "train", lambda *_, **options: seen.append(options))
+    assert run_main(folder, f"--epochs 1 --method head {flags}") == 0
+    assert (seen[0]["lr"], seen[0]["head_lr"]) == (lr, None)
 
 
 def test_full_fine_tuning_has_two_rates(folder):
@@ -353,12 +356,14 @@ def test_limit_draws_rows(folder, monkeypatch):
         assert len(train) == len(set(train)) == 20 and set(train) <= set(rows)
         assert len(set(train) & set(rows[:20])) < 15  # on average 7
         assert dev == load_task("sst2", folder).dev
-        assert result_of(folder / "out")["limit"] == 20
+        result = result_of(folder / "out")
+        assert (result["limit"], result["rows"]) == (20, 20)
         drawn.append(train)
     assert drawn[0] == drawn[1] != drawn[2]
     seen.clear()
     assert run_main(folder, "--epochs 1 --limit 999") == 0
     assert sorted(seen[0]) == sorted(rows)
+    assert result_of(folder / "out")["rows"] == len(rows)
 
 
 def test_seed_reaches_everything(folder):
@@ -540,6 +545,24 @@ def test_wrong_flags(folder, capsys, flags):
     named = {"data": "none/SST-2/train.tsv", "model": "none/config.json"}
     pattern = named.get(flag, rf"\b{flag.replace('-', '[-_ ]')}\b")
     assert re.search(pattern, message), message
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--method lora --t-i 0.1", "--t-i"), ("--method elora --t-f 0", "--t-f"),
+    ("--method lora --train-matrices ffn", "--train-matrices"),
+    ("--method lora --train-matrices none", "--train-matrices"),
+    ("--method full --sensitivity weight", "--sensitivity"),
+    ("--method full --rank 4", "--rank"), ("--method head --rank 4", "--rank"),
+    ("--method head --head-lr 1e-3", "--head-lr"),
+    ("--train-matrices none --t-i 0.1", "--t-i"),
+    ("--train-matrices none --sensitivity weight", "--sensitivity")])
+@pytest.mark.parametrize("task", ["sst2", "both"])
+def test_flags_without_an_effect(folder, capsys, task, flags, named):
+    """What a method does not use is refused before anything is trained or made."""
+    assert run_main(folder, flags, task=task) == 2
+    message, = capsys.readouterr().err.strip().splitlines()
+    assert message.startswith(f"error: {named} would change nothing")
     assert not (folder / "out").exists()
 
 

@@ -136,7 +136,7 @@ def test_the_bytes_on_the_page_are_those_of_minilm():
     _, recipe = glue.choose_recipe("mrpc", args, torch.device("cpu"))
     with torch.device("meta"):
         model = glue.BertClassifier(glue.Bert(config))
-        layers = glue.adapt(model, args, recipe["rank"])
+        layers = glue.adapt(model, args, recipe)
     freezer = AdaptiveFreezer(layers, 100, 10, 20)
     start = 4 * glue.trainable(model)
     matrices = 4 * sum(p.numel() for p in freezer.matrices.values())

@@ -115,11 +115,36 @@ def test_fetch(monkeypatch, body, members):
     (b"SSH-2.0\r\n", (), "SSH-2.0"),
 ])
 def test_bad_fetch(monkeypatch, reply, members, message):
-    """A wrong hash, a web page, half a file, broken HTTP: an error, and nothing is kept of it."""
+    """A wrong hash, a web page, half a file, broken HTTP: an error, and nothing is kept of it.
+
+    That a source answered with something else is no ConnectionError: nothing stands in then.
+    """
     serve(monkeypatch, reply, members)
-    with pytest.raises((AFLoRAError, ConnectionError), match=message):
+    other = "sha256" in message or message == "archive"
+    with pytest.raises(AFLoRAError if other else ConnectionError, match=message):
         fetch("x/file")
     assert kept() == []
+
+
+@pytest.mark.parametrize("reply, members", [
+    (ok(b"<html>please sign in"), ()),
+    (ok(b"<html>please sign in"), ("zip/b",)),
+    (ok(b"contend"), ()),
+    (b"", ()),
+])
+def test_after_wrong_bytes_the_next_source_is_asked(monkeypatch, reply, members):
+    """A page of a proxy in place of the file, or no answer: the next one's bytes are checked, too."""
+    serve(monkeypatch, reply, members)
+    _, [first] = sources.FILES["x/file"]
+    for content in (b"contend", b"content"):
+        monkeypatch.setattr(sources, "download", lambda address, content=content: (
+            content if address == "pip:x==1" else DOWNLOAD(address)))
+        monkeypatch.setitem(sources.FILES, "x/file", (CONTENT, [first, Source("pip:x==1")]))
+        if content == b"contend":
+            with pytest.raises(AFLoRAError, match=f"127.0.0.1.*; pip:x==1: sha256 {CONTEND}"):
+                fetch("x/file")
+            assert kept() == []
+    assert fetch("x/file").read_bytes() == b"content"
 
 
 def test_members_are_never_written_by_their_names(monkeypatch, tmp_path):

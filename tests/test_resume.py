@@ -373,7 +373,7 @@ def test_a_stopped_second_task_is_noticed_before_the_first(folder, capsys):
     ("--epochs 5", "epochs is 3 there, 5 here"),
     ("--lr 0.01", "lr is None there, 0.01 here"),
     ("--checkpoint-every 5", "checkpoint_every is 4 there, 5 here"),
-    ("--sensitivity weight", "sensitivity is gradient-weight there, weight here"),
+    ("--sensitivity weight", "sensitivity is None there, weight here"),
     ("--out elsewhere", "out is .* there, elsewhere here"),
     ("--data elsewhere", "data is .* there, elsewhere here"),
 ])

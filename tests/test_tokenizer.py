@@ -191,6 +191,7 @@ def test_other_settings_are_refused(folder, settings, word):
 @pytest.mark.parametrize("file, content", [
     ("special_tokens_map.json", {"additional_special_tokens": ["<e>"]}),
     ("added_tokens.json", {"<e>": 60}),
+    ("tokenizer.json", {"added_tokens": [{"id": 60, "content": "<e>"}]}),
 ])
 def test_added_tokens_in_other_files_are_refused(folder, file, content):
     """Hugging Face would keep them whole."""
@@ -206,3 +207,31 @@ def test_spaces_behind_a_token_are_not_part_of_it(folder):
     path.write_text(path.read_text().replace("good\n", "good \n"))
     assert "good \n" in path.read_text()
     assert load_tokenizer(folder).vocab == before
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_a_folder_as_transformers_5_saves_it(folder, tmp_path, lower):
+    """Without vocab.txt, the vocabulary is that of tokenizer.json; an added token is noticed."""
+    transformers = pytest.importorskip("transformers", minversion="5")
+    path = folder / "vocab.txt"
+    reference = transformers.BertTokenizer(vocab=str(path), do_lower_case=lower)
+    expected = load_tokenizer(folder).vocab
+    path.unlink()
+    reference.save_pretrained(folder)
+    assert not path.exists()
+    ours = load_tokenizer(folder)
+    assert ours.vocab == expected
+    for text in STRANGE:
+        assert ours.encode(text)[0] == reference(text)["input_ids"]
+    reference.add_tokens(["<e>"])
+    reference.save_pretrained(folder)
+    with pytest.raises(AFLoRAError, match="tokenizer.json: .*<e>"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"model": {"vocab": {"[PAD]": 0}}}'])
+def test_a_tokenizer_json_without_a_vocabulary_of_bert(folder, content):
+    (folder / "vocab.txt").unlink()
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(AFLoRAError, match="tokenizer.json"):
+        load_tokenizer(folder)
