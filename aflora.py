@@ -687,25 +687,30 @@ class GraphRecorder:
         self.pool = None
 
     def run(self, forward_backward, batch, count):
-        moved = not places(self.parameters) <= self.places
-        if moved:
+        if not places(self.parameters) <= self.places:
             self.forget()
         shape = repr((count, tree_map_only(torch.Tensor, lambda x: (x.shape, x.dtype), batch)))
         self.seen[shape] += 1
-        if shape not in self.recorded:
-            if moved or self.seen[shape] < 3 or len(self.recorded) >= MOST_GRAPHS:
-                forward_backward(batch, count)
-                self.places = places(self.parameters)
-                return
+        if shape in self.recorded:
+            inputs, graph, _ = self.recorded[shape]
+            copy_tensors(batch, inputs)
+            graph.replay()
+        elif not self.places or self.seen[shape] < 3 or len(self.recorded) == MOST_GRAPHS:
+            forward_backward(batch, count)
+            self.places = places(self.parameters)
+        else:
             inputs = tree_map_only(torch.Tensor, torch.clone, batch)
             graph = record(self.pool, forward_backward, inputs, count)
             self.pool = graph.pool()
             self.recorded[shape] = (inputs, graph, [p.grad for p in self.parameters])
-        inputs, graph, _ = self.recorded[shape]
-        for place, value in zip(tree_leaves(inputs), tree_leaves(batch)):
-            if isinstance(place, torch.Tensor):
-                place.copy_(value)
-        graph.replay()
+            graph.replay()
+
+
+def copy_tensors(batch, inputs):
+    """Copies the values of a batch's tensors to where those of `inputs`, of its shape, lie."""
+    for value, place in zip(tree_leaves(batch), tree_leaves(inputs)):
+        if isinstance(place, torch.Tensor):
+            place.copy_(value)
 
 
 def places(parameters):
