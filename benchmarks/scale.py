@@ -54,25 +54,38 @@ def sweep(ways, rounds, length=LENGTH):
 def measure(rounds):
     """{what varies: {value: {arm: measures}} or, all in one comparison, {name: measures}}."""
     compared = {name: step.ARMS[name] for name in (START, FROZEN, LORA)}
-    live = {f"rank {rank} start": partial(step.ours, rank=rank) for rank in RANKS}
-    frozen = {f"rank {rank} frozen": partial(step.ours, rank=rank, share=1) for rank in RANKS}
+    ranks = {}
+    for rank in RANKS:
+        ranks[f"rank {rank} start"] = partial(step.ours, rank=rank)
+        ranks[f"rank {rank} frozen"] = partial(step.ours, rank=rank, share=1)
     blocks = {f"{k} blocks": partial(step.ours, targets=last_blocks(k)) for k in BLOCKS}
     shares = {f"{share:.0%} frozen": partial(step.ours, share=share) for share in SHARES}
     return {
         "tokens": {str(ROWS * length): sweep(compared, rounds, length) for length in LENGTHS},
-        "rank": sweep(live | frozen, rounds),
+        "rank": sweep(ranks, rounds),
         "blocks": sweep(blocks, rounds),
         "share": sweep(shares, rounds),
     }
 
 
 # --------------------------------------------------------------------------------------- drawing
+STYLE = {
+    "font.size": 9,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "lines.marker": "o",
+    "lines.markersize": 4,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+}
+
+
 def draw(found, path):
     """Six panels, of about a README's width; a white ground of its own serves dark pages, too."""
-    plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "lines.marker": "o",
-                         "lines.markersize": 4, "axes.titlesize": 10, "axes.titleweight": "bold"})
+    plt.rcParams.update(STYLE)
     figure, ((tokens, rank, blocks), (share, memory, freezer)) = plt.subplots(
-        2, 3, figsize=(10, 6), layout="constrained")
+        2, 3, figsize=(10, 6), layout="constrained"
+    )
     draw_tokens(tokens, found["tokens"])
     draw_ranks(rank, found["rank"])
     blocks.plot(BLOCKS, [found["blocks"][f"{k} blocks"]["to_floor"] for k in BLOCKS])
@@ -110,8 +123,11 @@ def draw_tokens(panel, by_size):
 def draw_ranks(panel, arms):
     """A step's time against the rank."""
     for kind in ("start", "frozen"):
-        panel.semilogx(RANKS, [arms[f"rank {rank} {kind}"]["to_floor"] for rank in RANKS],
-                       label=f"aflora {kind}")
+        panel.semilogx(
+            RANKS,
+            [arms[f"rank {rank} {kind}"]["to_floor"] for rank in RANKS],
+            label=f"aflora {kind}",
+        )
     panel.set(title="Rank", xlabel="rank", ylabel="step / floor")
     panel.set_xticks(RANKS, RANKS)
     panel.minorticks_off()
@@ -123,8 +139,10 @@ def draw_shares(times, memory, arms):
     by_share = [arms[f"{share:.0%} frozen"] for share in SHARES]
     times.plot(percent, [arm["to_floor"] for arm in by_share])
     times.set(title="Freezing: time", xlabel="matrices frozen (%)", ylabel="step / floor")
-    for key, label in (("saved_by_adapters", "saved by adapters"),
-                       ("optimizer_bytes", "AdamW's state, head included")):
+    for key, label in (
+        ("saved_by_adapters", "saved by adapters"),
+        ("optimizer_bytes", "AdamW's state, head included"),
+    ):
         memory.plot(percent, [arm[key] / 2**20 for arm in by_share], label=label)
     memory.set(title="Freezing: memory", xlabel="matrices frozen (%)", ylabel="MiB")
 

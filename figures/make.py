@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.animation import FuncAnimation, PillowWriter  # noqa: E402
@@ -31,11 +32,22 @@ import results  # noqa: E402
 from aflora import freezing_fraction  # noqa: E402
 from claims import KINDS, choose_preset, place  # noqa: E402
 from results import (  # noqa: E402
-    AFLORA, FURTHER_SEEDS, METHODS, QUESTION_SEEDS, TASKS, mean_and_deviation)
+    AFLORA,
+    FURTHER_SEEDS,
+    METHODS,
+    QUESTION_SEEDS,
+    TASKS,
+    mean_and_deviation,
+)
 
 TITLES = {"sst2": "SST-2", "mrpc": "MRPC"}
-LABELS = {"full": "full fine-tuning", "lora r=8": "LoRA r=8", "elora r=4": "ELoRA r=4",
-          "elora r=1024": "ELoRA r=1024", AFLORA: "AFLoRA r=4"}
+LABELS = {
+    "full": "full fine-tuning",
+    "lora r=8": "LoRA r=8",
+    "elora r=4": "ELoRA r=4",
+    "elora r=1024": "ELoRA r=1024",
+    AFLORA: "AFLoRA r=4",
+}
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers differ, too
 BLUE = "#0072B2"
 ORANGE = "#E69F00"
@@ -46,14 +58,30 @@ RED = "#D55E00"
 GREY = "#666666"
 PALE = "#D9D9D9"
 WHITE = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1}  # behind a word
-LOOKS = {"full": ("#000000", "s"), "lora r=8": (ORANGE, "^"), "elora r=4": (GREEN, "v"),
-         "elora r=1024": (PINK, "D"), AFLORA: (BLUE, "o")}
+LOOKS = {
+    "full": ("#000000", "s"),
+    "lora r=8": (ORANGE, "^"),
+    "elora r=4": (GREEN, "v"),
+    "elora r=1024": (PINK, "D"),
+    AFLORA: (BLUE, "o"),
+}
 STYLE = {  # 8.4 inches are 806 px on a page; white all around, for dark pages
-    "figure.figsize": (8.4, 3.3), "figure.facecolor": "white", "savefig.facecolor": "white",
-    "figure.constrained_layout.use": True, "figure.constrained_layout.w_pad": 0.12,
-    "figure.constrained_layout.h_pad": 0.08, "font.size": 9, "axes.titlesize": 10,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-    "legend.frameon": False, "svg.hashsalt": "aflora", "hatch.linewidth": 0.6}
+    "figure.figsize": (8.4, 3.3),
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.12,
+    "figure.constrained_layout.h_pad": 0.08,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "svg.hashsalt": "aflora",
+    "hatch.linewidth": 0.6,
+}
 
 
 # ---------------------------------------------------------------------------------- what is there
@@ -116,8 +144,9 @@ def freeze_map():
         axes.tick_params(length=0, grid_alpha=0)
         axes.spines[:].set_visible(False)
         add_colour_bar(figure, axes, image, steps)
-    figure.suptitle("The attention's A and B are not shown: they are frozen from the start",
-                    fontsize=9)
+    figure.suptitle(
+        "The attention's A and B are not shown: they are frozen from the start", fontsize=9
+    )
 
 
 def draw_map(axes, runs, steps):
@@ -127,15 +156,21 @@ def draw_map(axes, runs, steps):
     first, last, _ = steps
     wide = []
     for kind in KINDS:
-        means = [mean_and_deviation([at[layer, kind] for at in where])[0]
-                 for layer in range(depth)]
+        means = [mean_and_deviation([at[layer, kind] for at in where])[0] for layer in range(depth)]
         wide.append([*means, math.nan, sum(means) / depth])  # a gap, then the mean of the row
     image = axes.imshow(wide, cmap="viridis", vmin=first, vmax=last, aspect="auto")
     for y, row in enumerate(wide):
         for x, step in enumerate(row):
             if x != depth:
-                axes.text(x, y, f"{step:.0f}", ha="center", va="center", fontsize=8.5,
-                          color="white" if step < (first + last) / 2 else "black")
+                axes.text(
+                    x,
+                    y,
+                    f"{step:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8.5,
+                    color="white" if step < (first + last) / 2 else "black",
+                )
     return image, depth
 
 
@@ -151,7 +186,7 @@ def add_colour_bar(figure, axes, image, steps):
 
 def freezing():
     """The freeze map empties while the realised share climbs behind r(t): returns an animation."""
-    run, = cells_of("sst2", AFLORA, [0])
+    (run,) = cells_of("sst2", AFLORA, [0])
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.1), width_ratios=(1.15, 1))
 
     def draw(step):
@@ -181,12 +216,23 @@ def draw_live(axes, run, step):
         axes.add_patch(Rectangle((depth + 0.04, y + 0.05), 0.92, 0.9, **way))
         if frozen:
             trained -= size[name]
-            axes.text(depth + 0.5, y + 0.5, at, ha="center", va="center", fontsize=8.5,
-                      color="black" if at == step else GREY,
-                      weight="bold" if at == step else "normal")
+            axes.text(
+                depth + 0.5,
+                y + 0.5,
+                at,
+                ha="center",
+                va="center",
+                fontsize=8.5,
+                color="black" if at == step else GREY,
+                weight="bold" if at == step else "normal",
+            )
     depth = 1 + max(place(name)[0] for name in run["frozen_at"])
-    axes.set(xlim=(0, depth), ylim=(len(KINDS), 0), xlabel="layer",
-             title=f"step {step}: {trained:,} adapter parameters train")
+    axes.set(
+        xlim=(0, depth),
+        ylim=(len(KINDS), 0),
+        xlabel="layer",
+        title=f"step {step}: {trained:,} adapter parameters train",
+    )
     axes.set_xticks([i + 0.5 for i in range(depth)], range(depth))
     axes.set_yticks([i + 0.5 for i in range(len(KINDS))], KINDS)
     axes.tick_params(length=0)
@@ -204,14 +250,18 @@ def draw_share(axes, run, step):
     axes.step(steps, shares, where="post", color=BLUE, linewidth=1.8, label="realised")
     axes.plot(step, shares[-1], "o", color=BLUE, clip_on=False)
     axes.legend(loc="lower right")
-    axes.set(xlim=(0, total), ylim=(0, 103), xlabel="optimizer step",
-             ylabel="share of A and B that is frozen (%)",
-             title=f"{count} of {len(run['frozen_at'])} matrices frozen")
+    axes.set(
+        xlim=(0, total),
+        ylim=(0, 103),
+        xlabel="optimizer step",
+        ylabel="share of A and B that is frozen (%)",
+        title=f"{count} of {len(run['frozen_at'])} matrices frozen",
+    )
 
 
 def scores():
     """The score of each matrix until it froze: of six matrices by name, of the others in grey."""
-    run, = cells_of("sst2", AFLORA, [0])
+    (run,) = cells_of("sst2", AFLORA, [0])
     record = run["record"]
     order = list(run["frozen_at"])
     shown = [order[round(i * (len(order) - 1) / 5)] for i in range(6)]
@@ -225,13 +275,26 @@ def scores():
             continue
         i = shown.index(name)
         depth, kind = place(name)
-        axes.plot(*zip(*points), color=colours[i], marker="osD^vP"[i], linewidth=1.6,
-                  markevery=[-1], markersize=8, markeredgecolor="black", zorder=2,
-                  label=f"layer {depth} {kind}, step {points[-1][0]}")
+        axes.plot(
+            *zip(*points),
+            color=colours[i],
+            marker="osD^vP"[i],
+            linewidth=1.6,
+            markevery=[-1],
+            markersize=8,
+            markeredgecolor="black",
+            zorder=2,
+            label=f"layer {depth} {kind}, step {points[-1][0]}",
+        )
     axes.plot([], [], "o-", **in_grey, label="the others")
     axes.legend(title="frozen after", loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8.5)
-    axes.set(title=title(run, ", seed 0: a marker is where a matrix froze"), yscale="log",
-             xlabel="optimizer step", ylabel="score s(t), equation (5), no unit", xlim=(0, None))
+    axes.set(
+        title=title(run, ", seed 0: a marker is where a matrix froze"),
+        yscale="log",
+        xlabel="optimizer step",
+        ylabel="score s(t), equation (5), no unit",
+        xlim=(0, None),
+    )
 
 
 def accuracy():
@@ -244,9 +307,12 @@ def accuracy():
             trained, _ = mean_and_deviation([cell["trainable_average"] for cell in cells])
             points[arm] = trained, *mean_and_deviation([cell["accuracy"] for cell in cells])
         seeds = min(len(cells) for cells in runs.values())
-        axes.set(title=title(runs[AFLORA][0], f", {seeds} seeds"),
-                 xlabel="parameters trained, average over the run\n(the head not counted)",
-                 xscale="log", xlim=(350, 9e7))
+        axes.set(
+            title=title(runs[AFLORA][0], f", {seeds} seeds"),
+            xlabel="parameters trained, average over the run\n(the head not counted)",
+            xscale="log",
+            xlim=(350, 9e7),
+        )
         draw_methods(axes, points)
     first_axes, _ = panels[0]
     first_axes.set_ylabel("dev accuracy (%), last epoch\nmean ± standard deviation")
@@ -262,8 +328,9 @@ def draw_methods(axes, points):
     axes.axhline(middle, color=GREY, linestyle="--", linewidth=1)
     for arm, (trained, mean, deviation) in points.items():
         colour, marker = LOOKS[arm]
-        axes.errorbar(trained, mean, deviation, color=colour, marker=marker, capsize=3,
-                      markersize=7, zorder=3)
+        axes.errorbar(
+            trained, mean, deviation, color=colour, marker=marker, capsize=3, markersize=7, zorder=3
+        )
     gap = (high - low) * 0.11  # a line of text
     axes.text(8e7, middle, "head only: 0 parameters", ha="right", va="bottom", color=GREY)
     # The methods that train little stand close together: their names in a column on the left
@@ -271,12 +338,26 @@ def draw_methods(axes, points):
     left.sort(key=lambda arm: points[arm][1])
     heights = pushed_apart([points[arm][1] for arm in left], gap)
     for arm, height in zip(left, heights):
-        axes.annotate(LABELS[arm], points[arm][:2], (450, height), va="center", zorder=4,
-                      weight="bold" if arm == AFLORA else "normal", bbox=WHITE,
-                      arrowprops={"arrowstyle": "-", "color": LOOKS[arm][0], "linewidth": 0.7})
+        axes.annotate(
+            LABELS[arm],
+            points[arm][:2],
+            (450, height),
+            va="center",
+            zorder=4,
+            weight="bold" if arm == AFLORA else "normal",
+            bbox=WHITE,
+            arrowprops={"arrowstyle": "-", "color": LOOKS[arm][0], "linewidth": 0.7},
+        )
     for arm, x, side in (("lora r=8", points["lora r=8"][0], "center"), ("full", 8e7, "right")):
-        axes.text(x, sum(points[arm][1:]) + gap * 0.2, LABELS[arm], ha=side, va="bottom",
-                  bbox=WHITE, zorder=4)
+        axes.text(
+            x,
+            sum(points[arm][1:]) + gap * 0.2,
+            LABELS[arm],
+            ha=side,
+            va="bottom",
+            bbox=WHITE,
+            zorder=4,
+        )
 
 
 def pushed_apart(heights, gap):
@@ -293,21 +374,34 @@ def rules():
     """Two rules at work on the scores of one run in which nothing froze; r(t) is AFLoRA's."""
     _, panels = panels_for(["never frozen", AFLORA], [0], sharey=True)
     for axes, task in panels:
-        run, = cells_of(task, "never frozen", [0])
-        plan, = cells_of(task, AFLORA, [0])
+        (run,) = cells_of(task, "never frozen", [0])
+        (plan,) = cells_of(task, AFLORA, [0])
         record = run["record"]
         planned = scheduled(plan)
         for step, share in zip(record["step"], record["scheduled"]):
             assert math.isclose(planned[step], 100 * share, abs_tol=1e-9)
         axes.plot(planned, color=ORANGE, linewidth=1.6, label="scheduled, r(t)")
-        for key, color, line, label in (("paper", BLUE, "-", "realised, paper's rule"),
-                                        ("authors", RED, "--", "realised, authors' rule")):
-            axes.step([0, *record["step"]], [0, *(100 * share for share in record[key])], line,
-                      where="post", color=color, linewidth=1.6, label=label)
+        for key, color, line, label in (
+            ("paper", BLUE, "-", "realised, paper's rule"),
+            ("authors", RED, "--", "realised, authors' rule"),
+        ):
+            axes.step(
+                [0, *record["step"]],
+                [0, *(100 * share for share in record[key])],
+                line,
+                where="post",
+                color=color,
+                linewidth=1.6,
+                label=label,
+            )
         done = record["step"][record["authors"].index(1)]
-        axes.annotate(f"all frozen at step {done},\nscheduled: {planned[done]:.0f} %",
-                      (done, 100), (done * 1.1, 62), color=RED,
-                      arrowprops={"arrowstyle": "->", "color": RED})
+        axes.annotate(
+            f"all frozen at step {done},\nscheduled: {planned[done]:.0f} %",
+            (done, 100),
+            (done * 1.1, 62),
+            color=RED,
+            arrowprops={"arrowstyle": "->", "color": RED},
+        )
         axes.set(title=title(run, ", seed 0"), xlabel="optimizer step", xlim=(0, plan["steps"]))
     first_axes, _ = panels[0]
     first_axes.set_ylabel("share of A and B that is frozen (%)")
@@ -332,8 +426,12 @@ def curves():
         for line in lines:
             draw_curve(axes, **line)
         cell = lines[0]["cells"][0]
-        axes.set(title=title(cell), xlabel="epoch", ylabel="accuracy on dev (%)",
-                 xticks=range(1, cell["epochs"] + 1))
+        axes.set(
+            title=title(cell),
+            xlabel="epoch",
+            ylabel="accuracy on dev (%)",
+            xticks=range(1, cell["epochs"] + 1),
+        )
         axes.legend(loc="lower right")
 
 
@@ -352,13 +450,26 @@ def draw_curve(axes, arm, more, cells):
     """The mean over the cells after each epoch, and a band of a standard deviation around it."""
     colour, marker = LOOKS[arm]
     epochs = [line["epoch"] for line in cells[0]["history"]]
-    points = [mean_and_deviation([cell["history"][i]["accuracy"] for cell in cells])
-              for i in range(len(epochs))]
-    axes.plot(epochs, [mean for mean, _ in points], color=colour, marker=marker, markersize=4,
-              label=LABELS[arm] + more)
-    axes.fill_between(epochs, [mean - apart for mean, apart in points],
-                      [mean + apart for mean, apart in points], color=colour, alpha=0.2,
-                      linewidth=0)
+    points = [
+        mean_and_deviation([cell["history"][i]["accuracy"] for cell in cells])
+        for i in range(len(epochs))
+    ]
+    axes.plot(
+        epochs,
+        [mean for mean, _ in points],
+        color=colour,
+        marker=marker,
+        markersize=4,
+        label=LABELS[arm] + more,
+    )
+    axes.fill_between(
+        epochs,
+        [mean - apart for mean, apart in points],
+        [mean + apart for mean, apart in points],
+        color=colour,
+        alpha=0.2,
+        linewidth=0,
+    )
 
 
 # --------------------------------------------------------------------------------------- the layer
@@ -369,8 +480,12 @@ WAYS = {  # how a part looks that
     "random": {"facecolor": "white", "edgecolor": GREY, "hatch": "//////"},
     "given": {"facecolor": "#BDBDBD", "edgecolor": GREY},
 }
-WORDS = {"trained": "trains", "rests": "frozen, as learned by then",
-         "random": "frozen at its random start", "given": "frozen, pre-trained"}
+WORDS = {
+    "trained": "trains",
+    "rests": "frozen, as learned by then",
+    "random": "frozen at its random start",
+    "given": "frozen, pre-trained",
+}
 
 
 def layer():
@@ -382,18 +497,37 @@ def layer():
     draw_layer(axes, 11.5, "ELoRA", 1024, "random", "trained")
     draw_layer(axes, 23, "AFLoRA, at first", 4, "trained", "trained")
     draw_layer(axes, 34.5, "AFLoRA, frozen", 4, "rests", "trained")
-    figure.legend([Rectangle((0, 0), 1, 1, **WAYS[way]) for way in WORDS], WORDS.values(),
-                  loc="outside lower center", ncols=4, handlelength=1.8)
+    figure.legend(
+        [Rectangle((0, 0), 1, 1, **WAYS[way]) for way in WORDS],
+        WORDS.values(),
+        loc="outside lower center",
+        ncols=4,
+        handlelength=1.8,
+    )
 
 
 def draw_layer(axes, x, name, r, matrices, vectors):
     """One method at x. matrices, vectors: in which of WAYS A and B, s_d and s_b are drawn."""
     path = x + 4.6
     thin = {8: 0.9, 1024: 2.9, 4: 0.5}[r]  # widths are not to scale
-    for at, low, high in ((x + 1.15, 1, 2.2), (x + 1.15, 8.2, 9.6), (path, 1, 2.2),
-                          (path, 2.2, 9.6)):
-        axes.add_patch(FancyArrowPatch((at, low), (at, high), arrowstyle="-|>", color="black",
-                                       mutation_scale=10, shrinkA=0, shrinkB=0, zorder=0))
+    for at, low, high in (
+        (x + 1.15, 1, 2.2),
+        (x + 1.15, 8.2, 9.6),
+        (path, 1, 2.2),
+        (path, 2.2, 9.6),
+    ):
+        axes.add_patch(
+            FancyArrowPatch(
+                (at, low),
+                (at, high),
+                arrowstyle="-|>",
+                color="black",
+                mutation_scale=10,
+                shrinkA=0,
+                shrinkB=0,
+                zorder=0,
+            )
+        )
     axes.add_patch(Rectangle((x, 2.2), 2.3, 6, **WAYS["given"]))
     axes.text(x + 1.15, 5.2, "$W_0$\n\n3072\n× 768", ha="center", va="center")
     draw_part(axes, (path, 2.2), 2, (2.2, thin), matrices, "A", f"{r} × 768")
@@ -419,9 +553,17 @@ def draw_part(axes, place, height, widths, way, word, note):
     corners = ((-below, 0), (below, 0), (above, height), (-above, height))
     axes.add_patch(Polygon([(x + w / 2, y + up) for w, up in corners], **WAYS[way]))
     behind = {"facecolor": "white", "pad": 1.5, "linewidth": 0}
-    axes.text(x, y + 0.95, word, ha="center", va="center", fontsize=11, weight="bold",
-              color="white" if way == "trained" else "black",
-              bbox=behind if way == "random" else None)
+    axes.text(
+        x,
+        y + 0.95,
+        word,
+        ha="center",
+        va="center",
+        fontsize=11,
+        weight="bold",
+        color="white" if way == "trained" else "black",
+        bbox=behind if way == "random" else None,
+    )
     axes.text(x + 2.05, y + height / 2, note, va="center", fontsize=8.5)
 
 
