@@ -608,7 +608,8 @@ def make_parser():
     parser = argparse.ArgumentParser(
         description="Fine-tunes a small BERT on SST-2 and MRPC with AFLoRA.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog=f"Recipes: {RECIPES} {METHODS}")
+        epilog=f"Recipes: {RECIPES}; methods change these (None: not used, and a flag for it is "
+        f"refused): {METHODS}")
     flag = parser.add_argument
     flag("--task", default="both", choices=("sst2", "mrpc", "both"), help="the data to train on")
     flag("--method", default="aflora", choices=METHODS,
@@ -616,15 +617,16 @@ def make_parser():
     flag("--preset", default="auto", choices=("auto", "quick", "full"), help="auto: full on CUDA")
     flag("--sensitivity", default=argparse.SUPPRESS,
          choices=("gradient-weight", "gradient", "weight"),
-         help="equation (2) of the score (default: gradient-weight)")
+         help="equation (2) of the score (default: gradient-weight; aflora alone)")
     flag("--train-matrices", default=argparse.SUPPRESS, choices=("ffn", "attention", "all", "none"),
-         help="whose A and B train until they freeze (default: ffn)")
+         help="whose A and B train until they freeze (default: ffn; aflora alone)")
     flag("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"),
          help="mixed precision; auto: bf16 where it is native, else fp16 on CUDA, off on a CPU")
     flag("--seed", default=0, type=int, help="for data order, head, dropout and random matrices")
     flag("--model", help="folder of a BERT's files; else $AFLORA_MODEL or MiniLM-L6")
     flag("--data", default=os.environ.get("AFLORA_DATA"), help="folder of texts; else fetched")
-    flag("--out", help="folder of the run; %(default)s: runs/TASK-METHOD-sSEED")
+    flag("--out", help="folder of the run, of both tasks that of their folders; %(default)s: "
+         "runs/TASK-METHOD-sSEED")
     flag("--checkpoint-every", default=500, type=int, help="steps; also at each epoch's end")
     flag("--resume", metavar="FOLDER", help="of a stopped run, to continue with its own flags")
     of_recipe = [

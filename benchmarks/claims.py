@@ -1,7 +1,8 @@
 """The paper's countable claims, from the runs under results/: a Markdown table.
 
     python benchmarks/results.py    makes the runs: results/quick, on CUDA results/full
-    python benchmarks/claims.py     prints the table; --preset quick|full, default: full, if there
+    python benchmarks/claims.py     prints the table; --preset quick|full, by default full if it has
+                                    runs of both tasks
 
 9.5 x fewer average trainable parameters than LoRA r=8. On the trained model: both counts from the
 runs. On DeBERTaV3-base shapes: its 72 linear layers get adapters (nothing is trained: the weights

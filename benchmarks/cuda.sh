@@ -7,7 +7,8 @@
 #
 # Each part has a time limit and a log of its own under results/cuda; what was done when a part was
 # cut off stays. The times of the full jobs are those from the command to the result. Texts and
-# weights are those of train_glue_small.py: fetched, or in $AFLORA_DATA and $AFLORA_MODEL.
+# weights are those of train_glue_small.py: fetched, or in $AFLORA_DATA and $AFLORA_MODEL. The part
+# `results` runs what is not in results/full: all of it, if that folder was moved away.
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1  # a log has all lines when its part is cut off

@@ -36,7 +36,7 @@ import transformers  # noqa: E402
 import aflora  # noqa: E402
 import train_glue_small as companion  # noqa: E402
 from data.fetch import model_folder  # noqa: E402
-from data.text import WordPieceTokenizer, load_task  # noqa: E402
+from data.text import load_task, load_tokenizer  # noqa: E402
 
 SIZE = 32
 WARM_UP = 2 * SIZE  # rows
@@ -56,7 +56,7 @@ class Ours:
         task = types.SimpleNamespace(train=rows, dev=rows[:SIZE], title="SST-2", source="")
         self.run = companion.Run("sst2", args, task, step.DEVICE, PRECISION)
         # Of its own: the experiment's knows the words of these rows already
-        self.tokenizer = WordPieceTokenizer(folder / "vocab.txt")
+        self.tokenizer = load_tokenizer(folder)
 
     def __call__(self, rows):
         """Trains an epoch, yields when the texts are tokenized and when all is done."""
@@ -139,7 +139,7 @@ def arms_of(task):
 
 def check_tokenizers(folder, rows):
     """Both have to give the very ids of each text."""
-    encode = WordPieceTokenizer(folder / "vocab.txt").encode
+    encode = load_tokenizer(folder).encode
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     for text, *_ in rows:
         ids, _ = encode(text)

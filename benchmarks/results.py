@@ -9,7 +9,8 @@
     ... --preset sst2-20k --task sst2        quick's epochs of 20,000 rows: four methods
 
 A preset's rows and epochs are the companion's, unless an arm's flags change them; its results lie
-under results/PRESET: never mixed.
+under results/PRESET: never mixed. Those of this repository are there: to make them anew, move that
+folder away first.
 A cell is one run of the companion (of the question "one shot before": of examples/freezenet.py)
 and one JSON file; its history has the accuracy after each epoch. A run of a question differs in one
 thing from AFLoRA's run of the same seed (one shot before in two: what it keeps does not decay).
@@ -63,7 +64,8 @@ METHODS = {  # arm: flags of the companion, learning rates to choose from
 }
 APART = {"vectors' rate x 4": 4, "matrices' rate x 4": 1 / 4}  # vectors' rate / that of A and B
 FROM_ONE = "s_d starts at 1"
-NO_COMMAND = (*APART, FROM_ONE)  # the companion has no flags for these
+OTHER_ORDER = ("random first", "highest first")
+NO_COMMAND = (*APART, FROM_ONE, *OTHER_ORDER)  # the companion has no flags for these
 RANKS = {  # the same for the preset of that name
     "aflora r=16": ("--method aflora --rank 16", (1e-2, 1.4e-2, 2e-2)),
     AFLORA: ("--method aflora --rank 4", (1e-2, 1.4e-2, 2e-2)),
@@ -91,7 +93,7 @@ ARMS = {"quick": METHODS, "full": METHODS, "ranks": RANKS, "ranks-h100": RANKS, 
         "sst2-20k": ROWS}
 ORDER = (AFLORA, "lora r=8", "full", "elora r=1024", "elora r=4", "head only")  # they run in it
 ONE_SHOT = "one shot before"
-QUESTIONS = {  # arm: flags beside AFLoRA's; an arm's order of freezing is its first word
+QUESTIONS = {  # arm: flags beside AFLoRA's
     "|grad|": "--sensitivity gradient",
     "|w|": "--sensitivity weight",
     "attention's A, B": "--train-matrices attention",

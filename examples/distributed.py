@@ -3,6 +3,8 @@
     torchrun --nproc_per_node=2 examples/distributed.py --task mrpc      CPU: gloo; CUDA: nccl
     torchrun --nproc_per_node=2 examples/distributed.py --help           the companion's flags
 
+It trains one task, by default MRPC, and writes no checkpoints: --task both, --checkpoint-every and
+--resume are refused.
 Each process takes its share of every batch. The gradients of what still trains are averaged in
 one flat all-reduce before they are scored. So every process freezes the same matrices at the same
 step, and less is sent the more is frozen. (DistributedDataParallel's buckets are fixed when it

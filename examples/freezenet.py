@@ -9,6 +9,7 @@ as SNIP does), so signals and gradients flow as at the start, and a file holds a
     python examples/freezenet.py                all runs, an hour or two on 2 cores; resumable
     python examples/freezenet.py --task mrpc    one shot among AFLoRA's A and B, on MRPC or SST-2:
                                                 flags of train_glue_small.py, and --keep SHARE
+                                                in place of --t-i and --t-f
     pip install matplotlib                      for the plot of all runs
 
 All runs are in results/ already: --out FILE makes them anew.
@@ -532,6 +533,8 @@ def compare(argv):
         compare_on_mnist(parse_mnist(flags))
         return
     args = companion.parse([*flags, "--task", chosen.task])
+    if chosen.keep is not None and {"t_i", "t_f"} & vars(args).keys():
+        raise AFLoRAError("--keep is what --t-i and --t-f decide else: leave these out")
     there = getattr(args, "keep", chosen.keep)  # a stopped run's
     aflora.expect_equal({"keep": there}, {"keep": chosen.keep})
     args.keep = chosen.keep

@@ -10,7 +10,7 @@ accuracy     every method against what it trains           rules   the paper's r
 layer        the adapted layer, needs no run
 curves       accuracy after each epoch: the full preset, of SST-2 else with 20,000 rows
 freezing     the matrices drop out, step by step: an animation, freezing.gif
-Of the others one preset a picture, never both: the full one where there are results of it.
+Of the others one preset a picture, never both: the full one if it has runs of both tasks.
 """
 
 import argparse
@@ -575,7 +575,7 @@ def main():
     names = [draw.__name__ for draw in PICTURES]
     parser.add_argument("names", nargs="*", help=f"of {', '.join(names)}; default: all")
     parser.add_argument("--format", default="svg", choices=("svg", "png"))
-    parser.add_argument("--preset", choices=("quick", "full"), help="default: full, if there")
+    parser.add_argument("--preset", choices=("quick", "full"), help="default: full, if both tasks are there")
     args = parser.parse_args()
     unknown = set(args.names) - set(names)
     if unknown:

@@ -786,7 +786,8 @@ def test_a_stopped_one_shot_run_resumes(folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags, word", [
     ("--keep 2", "keep"), ("--keep nan", "keep"), ("--train-matrices none", "train-matrices"),
-    ("--method lora", "method"), ("--rank 0", "rank"), ("--data none", "none")])
+    ("--method lora", "method"), ("--keep 0.2 --t-i 0.1", "--t-i"), ("--keep 0.2 --t-f 0", "--t-f"),
+    ("--rank 0", "rank"), ("--data none", "none")])
 def test_wrong_flags_of_one_shot(folder, capsys, flags, word):
     """Exit code 2, one line that names what is wrong, and no folder is left."""
     assert run_main(folder, flags) == 2

@@ -172,6 +172,34 @@ def test_a_cell_says_what_was_run_and_nothing_of_the_machine(cells, folder):
         assert "seconds" not in text
 
 
+@pytest.mark.parametrize("preset", results.PRESETS)
+def test_the_stored_commands_train_what_was_trained(monkeypatch, preset):
+    """A cell's command is today's, and its recipe that of the cell; arms without flags have none."""
+    for name in ("PRESET", "FOLDER"):
+        monkeypatch.setattr(results, name, None)  # given back afterwards
+    results.use_preset(preset)
+    paths = sorted(results.FOLDER.glob("*.json"))
+    assert paths
+    for path in paths:
+        cell = json.loads(path.read_text())
+        arm = cell["arm"]
+        lr = cell["lr"] if path.name.startswith("search-") else None
+        if arm in results.NO_COMMAND:
+            assert cell["command"] is None
+            continue
+        command = results.command_of(cell["task"], arm, cell["seed"], lr)
+        assert cell["command"] == command, path
+        args = companion.parse(command.split()[1:])
+        _, recipe = companion.choose_recipe(cell["task"], args, torch.device("cpu"))
+        for key in ("limit", "epochs", "batch_size", "lr"):
+            assert recipe[key] == cell[key], path
+        assert recipe["head_lr"] in (cell["head_lr"], None), path  # None: the head alone has lr
+        assert recipe["rank"] == (cell["rank"] or None), path  # of the oldest some have 0
+        if arm not in results.METHODS or arm == AFLORA:
+            planned = [recipe["t_i"], recipe["t_f"]]
+            assert cell["t_i"] in (None, planned[0]) and cell["t_f"] in (None, planned[1]), path
+
+
 def test_cells_run_in_their_order_and_each_once(cells, monkeypatch):
     """The search, then seed by seed all methods, AFLoRA and LoRA first, at last the questions."""
     cells("full")

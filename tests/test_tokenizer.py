@@ -229,9 +229,30 @@ def test_a_folder_as_transformers_5_saves_it(folder, tmp_path, lower):
         load_tokenizer(folder)
 
 
-@pytest.mark.parametrize("content", ["{", "{}", '{"model": {"vocab": {"[PAD]": 0}}}'])
-def test_a_tokenizer_json_without_a_vocabulary_of_bert(folder, content):
+BERTS = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
+
+
+@pytest.mark.parametrize("lower, vocabulary, word", [
+    (True, BERTS, None),
+    (True, {"[PAD]": 0}, "lacks"),
+    (True, [["[PAD]", 0]], ""),
+    (True, BERTS | {"good": 4}, "ids"),
+    (True, BERTS | {"good": 6}, "ids"),
+    (True, BERTS | {"good": 5.5}, "ids"),
+    (True, BERTS | {"good": "x"}, ""),
+    (False, BERTS, "lowercase is False"),  # tokenizer_config.json, which is not there, says the same
+])
+def test_a_tokenizer_json_in_place_of_a_vocabulary(folder, lower, vocabulary, word):
+    """BERT's special tokens have to be there, ids from 0 on, and the letters' case as it is used."""
     (folder / "vocab.txt").unlink()
-    (folder / "tokenizer.json").write_text(content)
+    content = {"model": {"vocab": vocabulary}, "normalizer": {"lowercase": lower}}
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    if word is None:
+        assert load_tokenizer(folder).vocab == BERTS
+        return
+    with pytest.raises(AFLoRAError, match=f"tokenizer.json.*{word}"):
+        load_tokenizer(folder)
+    path.write_text(json.dumps(content)[:-9])
     with pytest.raises(AFLoRAError, match="tokenizer.json"):
         load_tokenizer(folder)
