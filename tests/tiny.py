@@ -91,12 +91,12 @@ def run(model, layers, epochs=10, t_i=0.1, t_f=0.3, batches=None, freezer=None, 
     return freezer, training
 
 
-def resumable(precision="fp32", loss=None, **options):
+def resumable(precision="fp32", loss=None, seed=5, **options):
     """A run of 60 steps, three an epoch, that is easily disturbed: (numbers, tensors) of its end.
 
     It has dropout, micro-batches, and four matrices, of a single block, which freeze one by one
-    from step 10 to 44; in fp16 the scaler overflows at its start. options: train()'s after_step
-    and resume.
+    from step 10 to 44; in fp16 the scaler overflows at its start. seed: of the dropout. options:
+    train()'s after_step and resume.
     """
     def dropout_loss(model, batch):
         x, labels = batch
@@ -104,7 +104,7 @@ def resumable(precision="fp32", loss=None, **options):
         return factor * loss_of(model, (F.dropout(x, 0.3, model.training), labels))
 
     model, layers = adapted(depth=1, train_matrices=["up", "down"])
-    torch.manual_seed(5)
+    torch.manual_seed(seed)
     freezer = AdaptiveFreezer(layers, 60, 6, 16)
     training = train(
         model, lambda epoch: data(batches=6, seed=epoch), loss or dropout_loss, epochs=20,
