@@ -738,6 +738,7 @@ def test_merging_gives_a_plain_model(tmp_path):
     fresh = tiny.Net()
     assert str(model) == str(fresh)
     assert model.state_dict().keys() == fresh.state_dict().keys()
+    assert vars(model).keys() == vars(fresh).keys()
     for name, weight in expected.items():
         assert torch.equal(model.get_parameter(name), weight)
     assert_close(model(x), apart)
