@@ -580,13 +580,21 @@ def test_damaged_checkpoints_are_refused(tmp_path):
 
 
 def test_a_loop_of_one_s_own_can_be_saved_and_goes_on(tmp_path):
-    """Training without train(): a checkpoint brings weights, moments, scores and steps back."""
+    """Training without train(): a checkpoint brings weights, moments, scores and steps back.
+
+    Who counts no epochs has one, and report() the mean loss of the run.
+    """
     path = tmp_path / "c.pt"
+    losses = []
+
+    def loss(model, batch):
+        losses.append(tiny.loss_of(model, batch))
+        return losses[-1]
 
     def new():
         model, layers = tiny.adapted()
         freezer = AdaptiveFreezer(layers, 60, 6, 16)
-        return Training(model, tiny.loss_of, total_steps=60, lr=1e-2, freezer=freezer)
+        return Training(model, loss, total_steps=60, lr=1e-2, freezer=freezer)
 
     batches = tiny.data()
     expected = new()
@@ -594,11 +602,16 @@ def test_a_loop_of_one_s_own_can_be_saved_and_goes_on(tmp_path):
         if step == 33:
             save_checkpoint(expected, path)
         expected.step([batches[step % 8]])
+    expected.report()
+    assert expected.line["epoch"] == 1
+    assert expected.line["loss"] == pytest.approx(torch.stack(losses).mean().item())
     resumed = new()
     load_checkpoint(resumed, path)
     assert resumed.steps == 33
     for step in range(33, 60):
         resumed.step([batches[step % 8]])
+    resumed.report()
+    assert resumed.line == expected.line
     assert resumed.freezer.frozen_at == expected.freezer.frozen_at
     assert len(resumed.freezer.frozen_at) == 12
     for p, q in zip(resumed.model.parameters(), expected.model.parameters(), strict=True):
