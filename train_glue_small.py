@@ -217,8 +217,8 @@ def adapt(model, args, recipe):
         layers = aflora.add_adapters(model, (), modules_to_save=["head"])
         model.encoder.requires_grad_(args.method == "full")
         return layers
-    groups = {"ffn": FFN, "attention": ATTENTION, "all": "all", "none": (), None: "all"}
-    trained = groups[recipe["train_matrices"]]
+    groups = {"ffn": FFN, "attention": ATTENTION, "all": "all", "none": ()}
+    trained = groups.get(recipe["train_matrices"], "all")  # LoRA trains all; as_elora() freezes all
     layers = aflora.add_adapters(
         model, ATTENTION + FFN, recipe["rank"], trained, modules_to_save=["head"], seed=args.seed)
     if args.method == "lora":
