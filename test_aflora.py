@@ -679,7 +679,8 @@ def test_adapter_file_round_trip(tmp_path, options):
 
 
 def test_what_trains_after_loading(tmp_path):
-    """In a plain model all of train_matrices trains again; with adapters what is frozen stays so."""
+    """In a plain model all of train_matrices trains; in one with adapters what is frozen stays so.
+    """
     def trains(model):
         return {name for name, p in model.named_parameters() if p.requires_grad}
 

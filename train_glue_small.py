@@ -169,8 +169,8 @@ def load_model(folder, seed, device):
     tokenizer = load_tokenizer(folder)
     rows = model.encoder.word_embeddings.num_embeddings
     if len(tokenizer.vocab) != rows:
-        raise AFLoRAError(f"{folder}: vocab.txt or tokenizer.json has {len(tokenizer.vocab)} tokens, "
-                          f"weights {rows}")
+        raise AFLoRAError(f"{folder}: vocab.txt or tokenizer.json has {len(tokenizer.vocab)} "
+                          f"tokens, weights {rows}")
     return model.to(device), tokenizer, str(folder)
 
 

@@ -4,11 +4,11 @@
     python benchmarks/diet.py       on a CPU it counts; on CUDA it times, too, in two minutes
 
 Each of VARIANTS changes one thing in AFLoRALinear as it was, whose result stays the same; "path by
-hand" and the last three combine. Adopted since: "x cast once" and, on CUDA alone, "padded to 8" (as it is now). Arms
-are step.py's, in bf16, beside its floor; start: the FFN's matrices train, frozen: none. As in the
-floor, the gradient runs on to the embeddings' LayerNorm. Apart: the distance of the adapters'
-gradients from those of the layer as it was, relative to these; s_b is random, so that none is zero.
-It has to be that of bf16's rounding, a per cent or so.
+hand" and the last three combine. Adopted since: "x cast once" and, on CUDA alone, "padded to 8" (as
+it is now). Arms are step.py's, in bf16, beside its floor; start: the FFN's matrices train, frozen:
+none. As in the floor, the gradient runs on to the embeddings' LayerNorm. Apart: the distance of the
+adapters' gradients from those of the layer as it was, relative to these; s_b is random, so that
+none is zero. It has to be that of bf16's rounding, a per cent or so.
 
 Kernels an adapter: of forward and backward, those beyond the floor's, over the adapters. They are
 counted from what PyTorch dispatches: views and memory that nothing is written to start no kernel,

@@ -206,9 +206,9 @@ def fetch(name, folder=None):
         return path
     answered = any(isinstance(failure, AFLoRAError) for failure in failures)
     kind = AFLoRAError if answered else ConnectionError
-    raise kind(f"{name} cannot be fetched ({'; '.join(map(str, failures))}). Put the file at {path}, "
-               "or name a folder with SST-2 and MRPC by --data, or one with the weights by --model "
-               "or $AFLORA_MODEL")
+    reasons = "; ".join(map(str, failures))
+    raise kind(f"{name} cannot be fetched ({reasons}). Put the file at {path}, or name a folder "
+               "with SST-2 and MRPC by --data, or one with the weights by --model or $AFLORA_MODEL")
 
 
 def model_folder():

@@ -575,7 +575,9 @@ def main():
     names = [draw.__name__ for draw in PICTURES]
     parser.add_argument("names", nargs="*", help=f"of {', '.join(names)}; default: all")
     parser.add_argument("--format", default="svg", choices=("svg", "png"))
-    parser.add_argument("--preset", choices=("quick", "full"), help="default: full, if both tasks are there")
+    parser.add_argument(
+        "--preset", choices=("quick", "full"), help="default: full, if both tasks are there"
+    )
     args = parser.parse_args()
     unknown = set(args.names) - set(names)
     if unknown:

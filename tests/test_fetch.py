@@ -126,25 +126,28 @@ def test_bad_fetch(monkeypatch, reply, members, message):
     assert kept() == []
 
 
+@pytest.mark.parametrize("second", [b"content", b"contend"])
 @pytest.mark.parametrize("reply, members", [
     (ok(b"<html>please sign in"), ()),
     (ok(b"<html>please sign in"), ("zip/b",)),
     (ok(b"contend"), ()),
     (b"", ()),
 ])
-def test_after_wrong_bytes_the_next_source_is_asked(monkeypatch, reply, members):
-    """A page of a proxy in place of the file, or no answer: the next one's bytes are checked, too."""
+def test_after_wrong_bytes_the_next_source_is_asked(monkeypatch, reply, members, second):
+    """A proxy's page in place of the file, or no answer: the next one's bytes are checked, too."""
+    def download(address):
+        return second if address == "pip:x==1" else DOWNLOAD(address)
+
     serve(monkeypatch, reply, members)
     _, [first] = sources.FILES["x/file"]
-    for content in (b"contend", b"content"):
-        monkeypatch.setattr(sources, "download", lambda address, content=content: (
-            content if address == "pip:x==1" else DOWNLOAD(address)))
-        monkeypatch.setitem(sources.FILES, "x/file", (CONTENT, [first, Source("pip:x==1")]))
-        if content == b"contend":
-            with pytest.raises(AFLoRAError, match=f"127.0.0.1.*; pip:x==1: sha256 {CONTEND}"):
-                fetch("x/file")
-            assert kept() == []
-    assert fetch("x/file").read_bytes() == b"content"
+    monkeypatch.setitem(sources.FILES, "x/file", (CONTENT, [first, Source("pip:x==1")]))
+    monkeypatch.setattr(sources, "download", download)
+    if second == b"content":
+        assert fetch("x/file").read_bytes() == b"content"
+        return
+    with pytest.raises(AFLoRAError, match=f"127.0.0.1.*; pip:x==1: sha256 {CONTEND}"):
+        fetch("x/file")
+    assert kept() == []
 
 
 def test_members_are_never_written_by_their_names(monkeypatch, tmp_path):

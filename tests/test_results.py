@@ -174,7 +174,7 @@ def test_a_cell_says_what_was_run_and_nothing_of_the_machine(cells, folder):
 
 @pytest.mark.parametrize("preset", results.PRESETS)
 def test_the_stored_commands_train_what_was_trained(monkeypatch, preset):
-    """A cell's command is today's, and its recipe that of the cell; arms without flags have none."""
+    """A cell's command is today's, its recipe that of the cell; arms without flags have none."""
     for name in ("PRESET", "FOLDER"):
         monkeypatch.setattr(results, name, None)  # given back afterwards
     results.use_preset(preset)

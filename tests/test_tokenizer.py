@@ -240,10 +240,10 @@ BERTS = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
     (True, BERTS | {"good": 6}, "ids"),
     (True, BERTS | {"good": 5.5}, "ids"),
     (True, BERTS | {"good": "x"}, ""),
-    (False, BERTS, "lowercase is False"),  # tokenizer_config.json, which is not there, says the same
+    (False, BERTS, "lowercase is False"),  # without tokenizer_config.json an uncased one is assumed
 ])
 def test_a_tokenizer_json_in_place_of_a_vocabulary(folder, lower, vocabulary, word):
-    """BERT's special tokens have to be there, ids from 0 on, and the letters' case as it is used."""
+    """BERT's special tokens have to be there, ids from 0 on, and letters in the case it says."""
     (folder / "vocab.txt").unlink()
     content = {"model": {"vocab": vocabulary}, "normalizer": {"lowercase": lower}}
     path = folder / "tokenizer.json"
